@@ -1,0 +1,9 @@
+"""
+A connection limiter for any Twisted server: so many are served at once, the others wait in line.
+"""
+
+from connlimit._factory import LimitingFactory
+from connlimit._limiter import Limiter, Snapshot
+from connlimit._service import LimitedService, LimitingEndpoint
+
+__all__ = ["LimitedService", "Limiter", "LimitingEndpoint", "LimitingFactory", "Snapshot"]

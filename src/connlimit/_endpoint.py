@@ -1,0 +1,78 @@
+"""
+The endpoint string ``connlimit:``, which puts a limiter before any other endpoint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+from weakref import WeakValueDictionary
+
+from twisted.internet.endpoints import quoteStringArgument, serverFromString
+
+from connlimit._limiter import Limiter
+from connlimit._service import LimitingEndpoint
+from connlimit._settings import FIELDS, parse
+
+# In a string a limiter's name is given as ``limiter``: ``name`` can be an argument of the inner endpoint.
+_SETTINGS = tuple(name for name in FIELDS if name != "name")
+
+# Strings that name the same limiter share it, as long as one of their endpoints is in use.
+_limiters: WeakValueDictionary[str, Limiter] = WeakValueDictionary()
+
+
+def from_arguments(
+    reactor: Any, positional: Sequence[object], keywords: Mapping[str, object]
+) -> LimitingEndpoint:
+    """
+    The endpoint for the arguments of a ``connlimit:`` string, already split and unquoted.
+
+    Our settings are taken out by their names; all the rest is the inner endpoint's.
+
+    :raises ValueError: if a setting is wrong or the rest is no endpoint.
+    """
+    inner = {key: str(value) for key, value in keywords.items()}
+    name = inner.pop("limiter", None)
+    texts = {key: inner.pop(key) for key in _SETTINGS if key in inner}
+    try:
+        values = parse(texts)
+    except ValueError as error:
+        raise ValueError(f"connlimit endpoint: {error}") from None
+    description = _describe(positional, inner)
+    try:
+        endpoint = serverFromString(reactor, description)
+    except Exception as error:
+        raise ValueError(
+            f"connlimit endpoint: {description!r} is no endpoint ({error}); "
+            f"connlimit itself takes {', '.join(_SETTINGS)} and limiter"
+        ) from None
+    return LimitingEndpoint(endpoint, _limiter(name, values))
+
+
+def _describe(positional: Sequence[object], keywords: Mapping[str, str]) -> str:
+    """
+    Put an endpoint string together again.
+    """
+    return ":".join(
+        [quoteStringArgument(str(argument)) for argument in positional]
+        + [f"{quoteStringArgument(key)}={quoteStringArgument(value)}" for key, value in keywords.items()]
+    )
+
+
+def _limiter(name: str | None, values: Mapping[str, Any]) -> Limiter:
+    """
+    A limiter of its own, or the one of that name. The first string sets it up; others may repeat its settings.
+    """
+    if name is None:
+        return Limiter(**values)
+    limiter = _limiters.get(name)
+    if limiter is None:
+        limiter = _limiters[name] = Limiter(**values, name=name)
+    for key, value in values.items():
+        existing = getattr(limiter, key)
+        if existing != value:
+            raise ValueError(
+                f"connlimit endpoint: {key} of limiter {name} is {existing} already, "
+                f"so it must be that or left out, not {value}"
+            )
+    return limiter

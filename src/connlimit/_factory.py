@@ -1,0 +1,109 @@
+"""
+The factory that stands for another one and lets its connections through a limiter.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from twisted.internet.interfaces import (
+    IAddress,
+    ILoggingContext,
+    IProtocol,
+    IProtocolFactory,
+    IProtocolNegotiationFactory,
+)
+from twisted.logger import Logger
+from zope.interface import alsoProvides, implementer
+
+from connlimit._limiter import Limiter
+from connlimit._protocol import DelegatingProtocol, WaitingProtocol
+
+
+@implementer(IProtocolFactory, ILoggingContext)
+class LimitingFactory:
+    """
+    Serves the connections of another factory as far as a limiter allows; the others wait in its line.
+
+    Whatever else is asked of it, it hands on to the wrapped factory.
+
+    :ivar wrappedFactory: the factory whose protocols serve the connections.
+    :ivar limiter: the limiter, which other factories may share.
+    """
+
+    _log = Logger()
+
+    def __init__(self, wrappedFactory: IProtocolFactory, limiter: Limiter) -> None:
+        """
+        :raises TypeError: if *wrappedFactory* is no factory or *limiter* no `Limiter`.
+        """
+        if not IProtocolFactory.providedBy(wrappedFactory):
+            raise TypeError(f"wrappedFactory must provide IProtocolFactory, not {wrappedFactory!r}")
+        if not isinstance(limiter, Limiter):
+            raise TypeError(f"limiter must be a Limiter, not {limiter!r}")
+        self.wrappedFactory = wrappedFactory
+        self.limiter = limiter
+        self._ports = 0
+        if IProtocolNegotiationFactory.providedBy(wrappedFactory):
+            alsoProvides(self, IProtocolNegotiationFactory)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "wrappedFactory":  # not set yet, as while it is unpickled
+            raise AttributeError(name)
+        return getattr(self.wrappedFactory, name)
+
+    def __repr__(self) -> str:
+        return f"<LimitingFactory of {self.wrappedFactory!r}>"
+
+    def logPrefix(self) -> str:
+        """
+        The log prefix of the wrapped factory.
+        """
+        if ILoggingContext.providedBy(self.wrappedFactory):
+            return self.wrappedFactory.logPrefix()  # type: ignore[attr-defined, no-any-return]
+        return self.wrappedFactory.__class__.__name__
+
+    def doStart(self) -> None:
+        """
+        A port begins to use this factory.
+        """
+        self._ports += 1
+        self.wrappedFactory.doStart()
+
+    def doStop(self) -> None:
+        """
+        A port ceases to use this factory. With the last, those who still wait for it are refused.
+        """
+        self._ports -= 1
+        if self._ports == 0:
+            self.limiter.refuse_waiting(self.limiter.waiting_for(self))
+        self.wrappedFactory.doStop()
+
+    def buildProtocol(self, address: IAddress) -> DelegatingProtocol | None:
+        """
+        The protocol of a new connection: the real one if there is room, one that waits if there is
+        a place in the line, or None.
+        """
+        connection = DelegatingProtocol(self, address)
+        limiter = self.limiter
+        if limiter.serve_at_once(connection):
+            protocol = self.build_real_protocol(address)
+            if protocol is None:
+                limiter.finish(connection)
+                return None
+            connection.delegate_to(protocol)
+            return connection
+        if limiter.may_wait(connection):
+            connection.wrappedProtocol = WaitingProtocol(connection)
+            return connection
+        return None
+
+    def build_real_protocol(self, address: IAddress) -> IProtocol | None:
+        """
+        What the wrapped factory builds; None also if it raises, which is logged.
+        """
+        try:
+            return self.wrappedFactory.buildProtocol(address)
+        except Exception:
+            self._log.failure("{factory} failed to build a protocol", factory=self.wrappedFactory)
+            return None

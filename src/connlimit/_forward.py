@@ -1,0 +1,150 @@
+"""
+A relay: what a client sends goes to another server, and what that answers comes back.
+"""
+
+from __future__ import annotations
+
+from twisted.internet.defer import CancelledError, Deferred
+from twisted.internet.interfaces import (
+    IAddress,
+    IHalfCloseableDescriptor,
+    IHalfCloseableProtocol,
+    IProtocol,
+    ISSLTransport,
+    IStreamClientEndpoint,
+)
+from twisted.internet.protocol import Factory, Protocol, connectionDone
+from twisted.logger import Logger
+from twisted.python.failure import Failure
+from zope.interface import implementer
+
+
+class RelayFactory(Factory):
+    """
+    Relays each of its connections to a backend, over a connection of its own.
+
+    :ivar backend: how the backend is reached.
+    :ivar name: what the backend is called in the log.
+    """
+
+    noisy = False
+
+    def __init__(self, backend: IStreamClientEndpoint, name: str) -> None:
+        self.backend = backend
+        self.name = name
+
+    def buildProtocol(self, addr: IAddress | None) -> IProtocol:
+        """
+        The client's end of a relay. It connects to the backend once it is connected itself.
+        """
+        return _ClientEnd(self)
+
+    def logPrefix(self) -> str:
+        """
+        What the log calls the port.
+        """
+        return f"relay to {self.name}"
+
+
+@implementer(IHalfCloseableProtocol)
+class _End(Protocol):
+    """
+    One end of a relay.
+
+    Each end's transport is the producer of the other's: a reader who stops reading stops the writer,
+    and no more is held in between than a transport's buffer.
+
+    :ivar other: the other end; None unless both are connected.
+    :ivar said_all: whether the peer on this side has closed its direction.
+    """
+
+    other: _End | None = None
+    said_all = False
+
+    def dataReceived(self, data: bytes) -> None:
+        if self.other is not None:
+            self.other.transport.write(data)
+
+    def readConnectionLost(self) -> None:
+        """
+        The peer on this side has said all it had to say: say so to the other side, and go on the other way.
+        """
+        self.said_all = True
+        other = self.other
+        if other is None:
+            self.transport.loseConnection()
+            return
+        other.transport.unregisterProducer()
+        if other.said_all:
+            other.transport.loseConnection()
+            self.transport.loseConnection()
+        elif _can_half_close(other.transport):
+            other.transport.loseWriteConnection()
+        else:
+            other.transport.loseConnection()
+
+    def writeConnectionLost(self) -> None:
+        """
+        The peer on this side has got all that the other side said.
+        """
+
+    def connectionLost(self, reason: Failure = connectionDone) -> None:
+        other, self.other = self.other, None
+        if other is not None:
+            other.other = None
+            other.transport.unregisterProducer()
+            other.transport.loseConnection()
+
+
+def _can_half_close(transport: object) -> bool:
+    """
+    Whether one direction can be closed alone. TLS in Twisted cannot: there the end of one is the end of both.
+    """
+    return IHalfCloseableDescriptor.providedBy(transport) and not ISSLTransport.providedBy(transport)
+
+
+class _ClientEnd(_End):
+    """
+    The client's end, which reads nothing before there is somebody to tell it.
+    """
+
+    _log = Logger()
+
+    def __init__(self, relay: RelayFactory) -> None:
+        self._relay = relay
+        self._connecting: Deferred[None] | None = None
+
+    def connectionMade(self) -> None:
+        self.transport.pauseProducing()
+        connecting = self._relay.backend.connect(_backend_factory)
+        self._connecting = connecting
+        connecting.addCallback(self._connected)
+        connecting.addErrback(self._not_connected)
+
+    def _connected(self, backend: _End) -> None:
+        self._connecting = None
+        self.other, backend.other = backend, self
+        self.transport.registerProducer(backend.transport, True)
+        backend.transport.registerProducer(self.transport, True)
+        self.transport.resumeProducing()
+
+    def _not_connected(self, failure: Failure) -> None:
+        self._connecting = None
+        if failure.check(CancelledError):
+            return
+        self._log.warn(
+            "{backend} cannot be reached, so {client} is closed: {error}",
+            backend=self._relay.name,
+            client=self.transport.getPeer(),
+            error=failure.getErrorMessage(),
+        )
+        self.transport.loseConnection()
+
+    def connectionLost(self, reason: Failure = connectionDone) -> None:
+        if self._connecting is not None:
+            self._connecting.cancel()
+        super().connectionLost(reason)
+
+
+_backend_factory = Factory.forProtocol(_End)
+_backend_factory.noisy = False

@@ -1,0 +1,220 @@
+"""
+One connection's life: the protocol that delegates, first to the one that waits, then to the real one.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from functools import cache, lru_cache
+from typing import TYPE_CHECKING
+
+from twisted.internet.interfaces import (
+    IAddress,
+    IFileDescriptorReceiver,
+    IHalfCloseableProtocol,
+    IHandshakeListener,
+    ILoggingContext,
+    IProtocol,
+    ITransport,
+)
+from twisted.internet.protocol import Protocol, connectionDone
+from twisted.logger import Logger
+from twisted.protocols.policies import ProtocolWrapper
+from twisted.python.failure import Failure
+from zope.interface import implementer, providedBy
+
+from connlimit.interfaces import IServableConnection
+from connlimit.refusals import close
+
+if TYPE_CHECKING:
+    from connlimit._factory import LimitingFactory
+
+
+@implementer(IServableConnection)
+class DelegatingProtocol(ProtocolWrapper):
+    """
+    What Twisted takes for the protocol of a connection; hands every event on to its delegate.
+
+    The delegate, ``wrappedProtocol``, is either the real protocol or the `WaitingProtocol` that holds
+    its place. It gets the real transport, not this object. The class is a ``ProtocolWrapper``
+    because protocols that take a connection over look for that, and set its ``wrappedProtocol``.
+
+    Per event it costs one call. The delegate's method is looked up each time, since real protocols
+    replace their own methods while they run.
+
+    :ivar factory: the factory that made it.
+    :ivar address: the client's address.
+    """
+
+    _log = Logger()
+    factory: LimitingFactory
+
+    def __init__(self, factory: LimitingFactory, address: IAddress) -> None:
+        self.factory = factory
+        self.address = address
+
+    def logPrefix(self) -> str:
+        """
+        The log prefix that the delegate would have without us.
+        """
+        delegate = self.wrappedProtocol
+        if ILoggingContext.providedBy(delegate):
+            return delegate.logPrefix()  # type: ignore[no-any-return]
+        return delegate.__class__.__name__
+
+    # Events, in the order of a connection's life
+
+    def delegate_to(self, protocol: IProtocol) -> None:
+        """
+        Let the protocol have all further events, and provide what it provides.
+        """
+        self.wrappedProtocol = protocol
+        cls = _class_for(providedBy(protocol))
+        if cls is not self.__class__:
+            self.__class__ = cls
+
+    def makeConnection(self, transport: ITransport) -> None:
+        self.transport = transport
+        self.connected = 1
+        self.wrappedProtocol.makeConnection(transport)
+
+    def dataReceived(self, data: bytes) -> None:
+        self.wrappedProtocol.dataReceived(data)
+
+    def connectionLost(self, reason: Failure = connectionDone) -> None:
+        self.connected = 0
+        try:
+            self.wrappedProtocol.connectionLost(reason)
+        finally:
+            self.factory.limiter.finish(self)
+
+    # What the limiter decides, see IServableConnection
+
+    def serve(self) -> None:
+        """
+        Put the real protocol in the place of the one that waits.
+
+        The transport is reading again before the real protocol sees it: one that pauses it in
+        ``connectionMade`` must stay paused. What arrived during the wait follows ``connectionMade``.
+        """
+        waiting: WaitingProtocol = self.wrappedProtocol
+        try:
+            protocol = self.factory.build_real_protocol(self.address)
+            if protocol is None:
+                self.transport.loseConnection()
+                return
+            self.transport.resumeProducing()
+            if not self.connected:
+                return
+            self.delegate_to(protocol)
+        except Exception:
+            self._log.failure("{connection} could not be served", connection=self)
+            self.abort()
+            return
+        try:
+            protocol.makeConnection(self.transport)
+        except Exception:
+            # As without us: Twisted logs it and leaves the connection open.
+            self._log.failure("{protocol} failed to make its connection", protocol=protocol)
+        try:
+            while waiting.kept and self.connected and not self.transport.disconnecting:
+                self.dataReceived(waiting.kept.popleft())
+        except Exception:
+            self._log.failure("{protocol} failed to receive what it was sent", protocol=protocol)
+            self.abort()
+
+    def refuse(self, reason: str) -> None:
+        """
+        Let the refusal end the connection.
+        """
+        try:
+            protocol = close.build_protocol(self.address, reason)
+            if protocol is None:
+                self.transport.loseConnection()
+        except Exception:
+            self._log.failure("{connection} could not be refused", connection=self)
+            self.abort()
+
+    def abort(self) -> None:
+        """
+        End the connection without delay, or as fast as the transport can.
+        """
+        try:
+            end = getattr(self.transport, "abortConnection", None) or self.transport.loseConnection
+            end()
+        except Exception:
+            self._log.failure("{connection} could not be ended", connection=self)
+
+
+class WaitingProtocol(Protocol):
+    """
+    Holds a connection's place while it waits: nothing is read, and nothing that still comes is lost.
+
+    :ivar kept: what the transport delivered although it was paused, in order.
+    """
+
+    def __init__(self, connection: DelegatingProtocol) -> None:
+        self.connection = connection
+        self.kept: deque[bytes] = deque()
+
+    def makeConnection(self, transport: ITransport) -> None:
+        self.transport = transport
+        transport.pauseProducing()  # type: ignore[attr-defined]
+        self.connection.factory.limiter.wait(self.connection)
+
+    def dataReceived(self, data: bytes) -> None:
+        self.kept.append(data)
+
+    def connectionLost(self, reason: Failure = connectionDone) -> None:
+        self.connection.factory.limiter.depart(self.connection)
+
+
+# An event that the real protocol hears only if it provides an interface must reach it then, and must
+# be none of ours otherwise. So the class of a connection is put together of what its delegate provides.
+
+
+@implementer(IHalfCloseableProtocol)
+class _HalfCloseable(DelegatingProtocol):
+    def readConnectionLost(self) -> None:
+        self.wrappedProtocol.readConnectionLost()
+
+    def writeConnectionLost(self) -> None:
+        self.wrappedProtocol.writeConnectionLost()
+
+
+@implementer(IHandshakeListener)
+class _HandshakeListener(DelegatingProtocol):
+    def handshakeCompleted(self) -> None:
+        self.wrappedProtocol.handshakeCompleted()
+
+
+@implementer(IFileDescriptorReceiver)
+class _FileDescriptorReceiver(DelegatingProtocol):
+    def fileDescriptorReceived(self, descriptor: int) -> None:
+        self.wrappedProtocol.fileDescriptorReceived(descriptor)
+
+
+_forwarding = {
+    IHalfCloseableProtocol: _HalfCloseable,
+    IHandshakeListener: _HandshakeListener,
+    IFileDescriptorReceiver: _FileDescriptorReceiver,
+}
+
+
+@lru_cache(maxsize=1024)
+def _class_for(provided: object) -> type[DelegatingProtocol]:
+    """
+    The class for connections whose delegate provides the interfaces.
+
+    Cached, since it is asked for each connection: a declaration is one object for all instances of a class.
+    """
+    return _combined(
+        tuple(cls for interface, cls in _forwarding.items() if interface in provided.flattened())
+    )  # type: ignore[attr-defined]
+
+
+@cache
+def _combined(classes: tuple[type[DelegatingProtocol], ...]) -> type[DelegatingProtocol]:
+    if not classes:
+        return DelegatingProtocol
+    return type("DelegatingProtocol", classes, {"__doc__": DelegatingProtocol.__doc__})

@@ -1,0 +1,88 @@
+"""
+Listening behind a limiter: as an endpoint, and as a service that drains when it is stopped.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import attrs
+from twisted.application.internet import StreamServerEndpointService
+from twisted.internet.defer import Deferred, ensureDeferred
+from twisted.internet.interfaces import IListeningPort, IProtocolFactory, IStreamServerEndpoint
+from zope.interface import implementer
+
+from connlimit._factory import LimitingFactory
+from connlimit._limiter import Limiter
+
+
+@implementer(IStreamServerEndpoint)
+@attrs.frozen
+class LimitingEndpoint:
+    """
+    An endpoint that puts a limiter before whatever listens on it.
+
+    :ivar endpoint: where to listen.
+    :ivar limiter: the limiter; every factory that listens here shares it.
+    """
+
+    endpoint: IStreamServerEndpoint
+    limiter: Limiter
+
+    def listen(self, protocolFactory: IProtocolFactory) -> Deferred[IListeningPort]:
+        """
+        Listen on the endpoint, the limiter before the factory.
+        """
+        return self.endpoint.listen(LimitingFactory(protocolFactory, self.limiter))
+
+
+class LimitedService(StreamServerEndpointService):
+    """
+    A service that listens on an endpoint behind a limiter.
+
+    If it cannot listen, it does not start: the error is raised by ``startService``. When it is stopped,
+    it stops listening and refuses those who wait for it. With a *drain_timeout* it then lets the active
+    connections finish, and aborts what is left when that time is over; the limiter's connections
+    to other services are left alone.
+    """
+
+    factory: LimitingFactory
+
+    def __init__(
+        self,
+        endpoint: IStreamServerEndpoint,
+        factory: IProtocolFactory,
+        limiter: Limiter,
+        drain_timeout: float | None = None,
+    ) -> None:
+        """
+        :param endpoint: where to listen.
+        :param factory: serves the connections.
+        :param limiter: says how many at once.
+        :param drain_timeout: seconds that active connections may take when the service is stopped;
+            None does not wait for them, and leaves them open, as Twisted does.
+        """
+        super().__init__(endpoint, LimitingFactory(factory, limiter))
+        self.drain_timeout = drain_timeout
+
+    def privilegedStartService(self) -> None:
+        """
+        Start to listen, or raise the reason why that is impossible.
+        """
+        # The flag by which strports.service makes a failure to listen a failure to start.
+        self._raiseSynchronously = True
+        super().privilegedStartService()
+
+    def stopService(self) -> Deferred[Any]:
+        """
+        Stop listening, and drain.
+
+        :return: fires when that is done.
+        """
+        return ensureDeferred(self._stop())
+
+    async def _stop(self) -> None:
+        await super().stopService()
+        limiter = self.factory.limiter
+        if self.drain_timeout is not None:
+            await limiter.wait_for(limiter.active_for(self.factory), self.drain_timeout)

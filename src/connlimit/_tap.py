@@ -1,0 +1,300 @@
+"""
+The command line: ``twistd connlimit``.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from twisted.application.internet import SSLServer, StreamServerEndpointService, TCPServer, UNIXServer
+from twisted.application.service import IService, IServiceCollection, IServiceMaker, MultiService
+from twisted.internet.endpoints import clientFromString, serverFromString
+from twisted.internet.error import CannotListenError
+from twisted.internet.interfaces import IProtocolFactory, IStreamServerEndpoint
+from twisted.logger import Logger
+from twisted.plugin import getPlugins
+from twisted.python import usage
+from twisted.python.reflect import namedAny
+
+from connlimit import _demonstration, _descriptors
+from connlimit._factory import LimitingFactory
+from connlimit._forward import RelayFactory
+from connlimit._limiter import Limiter
+from connlimit._service import LimitedService
+from connlimit._settings import FIELDS, parse
+
+_log = Logger()
+
+# More than any kernel holds: it takes its own maximum (somaxconn) instead.
+_BACKLOG = 65535
+
+
+def _spell(setting: str) -> str:
+    return "--" + setting.replace("_", "-")
+
+
+class CannotStart(SystemExit, Exception):
+    """
+    The service cannot start; the sentence says why.
+
+    As an Exception it lets twistd clean up and tell its parent, as a SystemExit it ends the process with
+    the sentence and exit code 1, without a traceback.
+    """
+
+
+class Options(usage.Options):
+    """
+    The options of ``twistd connlimit``.
+    """
+
+    synopsis = "[limits] [--listen ENDPOINT... (--forward ENDPOINT | --factory MODULE:NAME)] | [limits] PLUGIN [its options]"
+    longdesc = (
+        "Serves so many connections at once and lets the others wait in line, paused. What is limited: another "
+        "server (--forward), a factory (--factory), or any other twistd plugin, named after the limits with "
+        "options of its own. With nothing to limit, a slow web page shows how it works."
+    )
+    optParameters = [
+        [name.replace("_", "-"), None, None, field.metadata["help"]] for name, field in FIELDS.items()
+    ] + [
+        ["forward", None, None, "relay to the server at this client endpoint, such as tcp:localhost:9000"],
+        ["factory", None, None, "serve with this factory, or what this callable returns, as MODULE:NAME"],
+    ]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self["listen"] = []
+
+    def opt_listen(self, description: str) -> None:
+        """
+        listen at this server endpoint, such as tcp:8080; can be given several times
+        """
+        self["listen"].append(description)
+
+    @property
+    def subCommands(self) -> Iterator[tuple[str, None, Callable[[], usage.Options], str]]:  # type: ignore[override]
+        """
+        All other twistd plugins, as those that can be limited.
+        """
+        for plugin in sorted(getPlugins(IServiceMaker), key=lambda plugin: plugin.tapname):
+            if plugin.tapname != "connlimit":
+                yield plugin.tapname, None, lambda plugin=plugin: plugin.options(), plugin.description  # type: ignore[misc]
+
+    def parseOptions(self, options: list[str] | None = None) -> None:
+        """
+        Parse the command line, or exit with one sentence that says what is wrong with it.
+        """
+        try:
+            super().parseOptions(options)
+        except usage.UsageError as error:
+            raise CannotStart(f"connlimit: {error}") from None
+
+    def postOptions(self) -> None:
+        """
+        Check everything that can be checked before anything is started.
+        """
+        given = {name: self[name.replace("_", "-")] for name in FIELDS}
+        try:
+            self["settings"] = parse({k: v for k, v in given.items() if v is not None}, _spell)
+        except ValueError as error:
+            raise usage.UsageError(str(error)) from None
+
+        targets = [f"--{name}" for name in ("forward", "factory") if self[name]]
+        if self.subCommand:
+            targets.append(self.subCommand)
+            if self["listen"]:
+                raise usage.UsageError(
+                    f"--listen must be left out before a plugin: {self.subCommand} listens by its own options"
+                )
+        if len(targets) > 1:
+            raise usage.UsageError(f"only one of {' and '.join(targets)} can be limited")
+        if not targets:
+            self["settings"].setdefault("max_connections", _demonstration.MAX_CONNECTIONS)
+            self["listen"] = self["listen"] or [_demonstration.LISTEN]
+        elif not self.subCommand and not self["listen"]:
+            raise usage.UsageError(f"{targets[0]} needs --listen, such as --listen tcp:8080")
+
+        from twisted.internet import reactor
+
+        self["endpoints"] = [_server_endpoint(reactor, each) for each in self["listen"]]
+        if self["forward"]:
+            self["backend"] = _endpoint(
+                "--forward", self["forward"], "tcp:localhost:9000", clientFromString, reactor
+            )
+        if self["factory"]:
+            self["served"] = _import_factory(self["factory"])
+
+
+def _server_endpoint(reactor: Any, description: str) -> IStreamServerEndpoint:
+    """
+    The endpoint to listen at, with the longest backlog the kernel has, where it has one and none is given.
+    """
+    if "backlog=" not in description:
+        try:
+            return serverFromString(reactor, f"{description}:backlog={_BACKLOG}")
+        except Exception:  # whatever is wrong is found and told without the backlog
+            pass
+    return _endpoint("--listen", description, "tcp:8080", serverFromString, reactor)
+
+
+def _endpoint(option: str, description: str, example: str, make: Callable[..., Any], reactor: Any) -> Any:
+    try:
+        return make(reactor, description)
+    except Exception as error:
+        raise usage.UsageError(
+            f"{option} must be an endpoint such as {example}, not {description!r} ({error})"
+        ) from None
+
+
+def _import_factory(name: str) -> IProtocolFactory:
+    """
+    The factory that ``MODULE:NAME`` names, or that what it names returns when it is called.
+    """
+    module, _, attribute = name.partition(":")
+    if not module or not attribute:
+        raise usage.UsageError(
+            f"--factory must be MODULE:NAME, such as mypackage.server:factory, not {name!r}"
+        )
+    # Where the user stands, as for python -m; twistd alone does not look there.
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        importlib.import_module(module)
+        found = namedAny(f"{module}.{attribute}")
+        if not IProtocolFactory.providedBy(found) and callable(found):
+            found = found()
+    except Exception as error:
+        raise usage.UsageError(f"--factory {name} failed: {type(error).__name__}: {error}") from None
+    if not IProtocolFactory.providedBy(found):
+        raise usage.UsageError(
+            f"--factory must name a factory, or a callable that returns one; {name} gave {found!r}"
+        )
+    return found
+
+
+def makeService(options: Options) -> MultiService:
+    """
+    The service that the options ask for.
+    """
+    from twisted.internet import reactor
+
+    limiter = Limiter(**options["settings"])
+    service = _LimitedProgram(limiter)
+    if options.subCommand:
+        _add_plugin(service, options, limiter)
+        return service
+    if options["forward"]:
+        factory: Any = RelayFactory(options["backend"], options["forward"])
+    elif options["factory"]:
+        factory = options["served"]
+    else:
+        factory = _demonstration.site(limiter, reactor)
+        service.hints = _demonstration.hints(options["listen"])
+    for endpoint in options["endpoints"]:
+        LimitedService(endpoint, factory, limiter).setServiceParent(service)
+    return service
+
+
+def _add_plugin(service: MultiService, options: Options, limiter: Limiter) -> None:
+    name = options.subCommand
+    plugin = next(each for each in getPlugins(IServiceMaker) if each.tapname == name)
+    try:
+        inner = plugin.makeService(options.subOptions)
+    except Exception as error:
+        raise CannotStart(f"connlimit: {name} cannot be made with these options: {error}") from None
+    if not limit_service(inner, limiter):
+        raise CannotStart(f"connlimit: {name} has no service that listens, so there is nothing to limit")
+    inner.setServiceParent(service)
+
+
+def limit_service(service: IService, limiter: Limiter) -> int:
+    """
+    Put the limiter before every factory that listens in a tree of services.
+
+    :return: how many were found.
+    """
+    found = 0
+    if isinstance(service, StreamServerEndpointService):
+        service.factory = LimitingFactory(service.factory, limiter)
+        found = 1
+    elif isinstance(service, (TCPServer, SSLServer, UNIXServer)):
+        # They keep the arguments of listenTCP and its like; the factory is the second.
+        if "factory" in service.kwargs:
+            service.kwargs["factory"] = LimitingFactory(service.kwargs["factory"], limiter)
+        else:
+            where, factory, *rest = service.args
+            service.args = (where, LimitingFactory(factory, limiter), *rest)
+        found = 1
+    return found + sum(limit_service(each, limiter) for each in IServiceCollection(service, ()))
+
+
+class _LimitedProgram(MultiService):
+    """
+    Everything that one ``twistd connlimit`` runs.
+    """
+
+    def __init__(self, limiter: Limiter) -> None:
+        super().__init__()
+        self._limiter = limiter
+        self.hints: tuple[str, ...] = ()
+
+    def privilegedStartService(self) -> None:
+        """
+        Raise the descriptor limit and start to listen, or end the program with a sentence that says why not.
+        """
+        _descriptors.raise_limit()
+        self._or_exit(super().privilegedStartService)
+
+    def startService(self) -> None:
+        """
+        Start what listens without privileges, and say what there is.
+        """
+        from twisted.internet import reactor
+
+        self._or_exit(super().startService)
+        reactor.callWhenRunning(_exit_cleanly, reactor)
+        _log.info("{budget}", budget=_budget(self._limiter))
+        for hint in self.hints:
+            _log.info("{hint}", hint=hint)
+
+    def _or_exit(self, start: Callable[[], None]) -> None:
+        try:
+            start()
+        except CannotListenError as error:
+            raise CannotStart(f"connlimit: {error}") from None
+
+
+def _budget(limiter: Limiter) -> str:
+    """
+    One sentence on how many connections there can be.
+    """
+    descriptors = _descriptors.limit()
+    served, waiting = limiter.max_connections, limiter.max_waiting
+    if descriptors is None:
+        room = "as many as come" if waiting is None else str(waiting)
+        return f"{limiter.name}: {'any number' if served is None else served} served at once, room for {room} in the line"
+    free = max(0, descriptors - _descriptors.reserve(descriptors) - (served or 0))
+    room = free if waiting is None else min(free, waiting)
+    return (
+        f"{limiter.name}: {descriptors} descriptors, {_descriptors.reserve(descriptors)} of them kept free of "
+        f"waiting connections; {'any number' if served is None else served} served at once, "
+        f"room for {room} in the line"
+    )
+
+
+def _exit_cleanly(reactor: Any) -> None:
+    """
+    Make SIGTERM an order to stop that is carried out with exit code 0; a second one ends the process at once.
+
+    Twisted's own handler stops as well, but then lets the process die of the signal.
+    """
+
+    def stop(number: int, frame: object) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        reactor.callFromThread(reactor.stop)
+
+    signal.signal(signal.SIGTERM, stop)

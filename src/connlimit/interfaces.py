@@ -1,0 +1,175 @@
+"""
+The interfaces by which connlimit is extended: limits, lines, refusals and observers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+from twisted.internet.interfaces import IAddress, IProtocol
+from zope.interface import Attribute, Interface
+
+if TYPE_CHECKING:
+    from connlimit._limiter import Limiter
+
+# zope.interface methods are declared without self.
+
+
+class IConnection(Interface):
+    """
+    One accepted connection, as limits, lines and observers see it.
+    """
+
+    address: IAddress = Attribute("The client's address, as Twisted gives it to ``buildProtocol``.")
+
+
+class IServableConnection(IConnection):
+    """
+    What the limiter itself asks of a connection.
+    """
+
+    factory: object = Attribute("Which factory it belongs to.")
+
+    def serve() -> None:
+        """
+        Its turn has come after a wait: hand the transport to the real protocol. Never raises.
+        """
+
+    def refuse(reason: str) -> None:
+        """
+        It will not be served: tell the client, as far as the refusal has words, and close. Never raises.
+        """
+
+    def abort() -> None:
+        """
+        End the connection at once, dropping what is still to be sent. Never raises.
+        """
+
+
+class ILimit(Interface):
+    """
+    A number of slots, in all or per key.
+
+    It is asked in the reactor's thread and answers at once. A limit whose slots live elsewhere
+    answers False while it asks, and calls its subscribers when there may be room.
+    """
+
+    def try_acquire(connection: IConnection) -> bool:
+        """
+        Take a slot for the connection.
+
+        :return: True if it now holds a slot, False if there is none for it at the moment.
+        """
+
+    def release(connection: IConnection) -> None:
+        """
+        Give back the slot that the connection holds.
+        """
+
+    def subscribe(callback: Callable[[], None]) -> None:
+        """
+        Call *callback*, without arguments, whenever there may be room that was not there before.
+
+        A call without room is harmless. Releases need not be announced to the limiter that made them.
+        """
+
+
+class IWaitingLine(Interface):
+    """
+    The order in which waiting connections are served. Every operation takes constant or logarithmic time.
+    """
+
+    def __len__() -> int:
+        """
+        How many wait.
+        """
+
+    def __iter__() -> Iterator[IConnection]:
+        """
+        Those who wait, longest waiting first.
+        """
+
+    def add(connection: IConnection, now: float) -> None:
+        """
+        Put the connection in the line.
+
+        :param now: the time of its arrival in seconds, never less than that of the connection before it.
+        """
+
+    def remove(connection: IConnection) -> float | None:
+        """
+        Take the connection out, wherever it stands.
+
+        :return: the time of its arrival in seconds, or None if it does not wait here.
+        """
+
+    def next() -> IConnection:
+        """
+        Whose turn it is. Only called while somebody waits.
+        """
+
+    def oldest() -> tuple[IConnection, float]:
+        """
+        Who has waited longest, and the time of its arrival in seconds. Only called while somebody waits.
+        """
+
+
+class IRefusal(Interface):
+    """
+    What a refused client gets.
+    """
+
+    def build_protocol(address: IAddress, reason: str) -> IProtocol | None:
+        """
+        The protocol that speaks to the refused client, or None to close the connection without a word.
+
+        :param reason: ``full``, ``timeout``, ``peer``, ``descriptors`` or ``draining``.
+        """
+
+
+class ILimiterObserver(Interface):
+    """
+    Whoever watches limiters: metrics, log, status page.
+
+    It is called after the event has taken effect. What it raises is logged and changes nothing.
+    `connlimit.observers.LimiterObserver` has all methods, doing nothing.
+    """
+
+    def waiting(limiter: Limiter, connection: IConnection) -> None:
+        """
+        The connection has joined the line.
+        """
+
+    def served(limiter: Limiter, connection: IConnection, waited: float) -> None:
+        """
+        The connection has got a slot.
+
+        :param waited: seconds in the line; 0.0 if there was room at once.
+        """
+
+    def finished(limiter: Limiter, connection: IConnection) -> None:
+        """
+        The connection is over and its slot is free.
+        """
+
+    def refused(limiter: Limiter, connection: IConnection, reason: str) -> None:
+        """
+        The connection was turned away.
+
+        :param reason: ``full``, ``timeout``, ``peer``, ``descriptors`` or ``draining``.
+        """
+
+    def departed(limiter: Limiter, connection: IConnection, waited: float) -> None:
+        """
+        The client went away while it waited.
+
+        :param waited: seconds in the line.
+        """
+
+    def reconfigured(limiter: Limiter, changes: dict[str, tuple[Any, Any]]) -> None:
+        """
+        Settings have changed.
+
+        :param changes: the old and the new value of each changed setting, by its name.
+        """

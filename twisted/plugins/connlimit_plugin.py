@@ -1,0 +1,36 @@
+"""
+Names connlimit to twistd and to endpoint strings. Any Twisted program may import this, so it imports little.
+"""
+
+from __future__ import annotations
+
+from twisted.application.service import ServiceMaker
+from twisted.internet.interfaces import IStreamServerEndpoint, IStreamServerEndpointStringParser
+from twisted.plugin import IPlugin
+from zope.interface import implementer
+
+
+@implementer(IPlugin, IStreamServerEndpointStringParser)
+class _EndpointParser:
+    """
+    The parser of ``connlimit:`` strings.
+    """
+
+    prefix = "connlimit"
+
+    def parseStreamServer(self, reactor: object, *args: object, **kwargs: object) -> IStreamServerEndpoint:
+        """
+        See `connlimit._endpoint.from_arguments`.
+        """
+        from connlimit._endpoint import from_arguments
+
+        return from_arguments(reactor, args, kwargs)
+
+
+connlimit = ServiceMaker(
+    "connlimit",
+    "connlimit._tap",
+    "A connection limiter before another server, a factory or any other plugin.",
+    "connlimit",
+)
+connlimit_endpoint_parser = _EndpointParser()
