@@ -20,10 +20,12 @@ _PAGE = """\
 <html lang="en">
 <meta charset="utf-8">
 <title>connlimit</title>
-<style>body {{ font: 1.1em/1.5 system-ui, sans-serif; max-width: 36em; margin: 3em auto; padding: 0 1em }}</style>
+<style>
+  body {{ font: 1.1em/1.5 system-ui, sans-serif; max-width: 36em; margin: 3em auto; padding: 0 1em }}
+</style>
 <h1>It was your turn</h1>
-<p>This page took {seconds:g} seconds to make. {active} of {most} places were in use, {waiting} waited in line,
-and {finished} had been served before.</p>
+<p>This page took {seconds:g} seconds to make. {active} of {most} slots were in use,
+{waiting} connections waited in line, and {finished} had been served before.</p>
 <p>Open it in several tabs at once: those over the limit wait, and not one is lost.</p>
 """
 

@@ -10,7 +10,7 @@ from twisted.internet.defer import Deferred
 from twisted.internet.interfaces import IDelayedCall
 from twisted.logger import Logger
 
-from connlimit.interfaces import IConnection, IServableConnection
+from connlimit.interfaces import IConnection
 from connlimit.observers import LimiterObserver
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ class Drain(LimiterObserver):
 
     _log = Logger()
 
-    def __init__(self, limiter: Limiter, remaining: set[IServableConnection]) -> None:
+    def __init__(self, limiter: Limiter, remaining: set[IConnection]) -> None:
         self._limiter = limiter
         self._remaining = remaining
         self._timer: IDelayedCall | None = None

@@ -61,7 +61,9 @@ def _describe(positional: Sequence[object], keywords: Mapping[str, str]) -> str:
 
 def _limiter(name: str | None, values: Mapping[str, Any]) -> Limiter:
     """
-    A limiter of its own, or the one of that name. The first string sets it up; others may repeat its settings.
+    A limiter of its own, or the one of that name.
+
+    The first string that names it sets it up; others may repeat its settings.
     """
     if name is None:
         return Limiter(**values)

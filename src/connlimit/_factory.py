@@ -60,7 +60,7 @@ class LimitingFactory:
         The log prefix of the wrapped factory.
         """
         if ILoggingContext.providedBy(self.wrappedFactory):
-            return self.wrappedFactory.logPrefix()  # type: ignore[attr-defined, no-any-return]
+            return self.wrappedFactory.logPrefix()
         return self.wrappedFactory.__class__.__name__
 
     def doStart(self) -> None:

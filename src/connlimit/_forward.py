@@ -4,12 +4,13 @@ A relay: what a client sends goes to another server, and what that answers comes
 
 from __future__ import annotations
 
+from typing import Any
+
 from twisted.internet.defer import CancelledError, Deferred
 from twisted.internet.interfaces import (
     IAddress,
     IHalfCloseableDescriptor,
     IHalfCloseableProtocol,
-    IProtocol,
     ISSLTransport,
     IStreamClientEndpoint,
 )
@@ -33,7 +34,7 @@ class RelayFactory(Factory):
         self.backend = backend
         self.name = name
 
-    def buildProtocol(self, addr: IAddress | None) -> IProtocol:
+    def buildProtocol(self, addr: IAddress | None) -> _ClientEnd:
         """
         The client's end of a relay. It connects to the backend once it is connected itself.
         """
@@ -58,6 +59,8 @@ class _End(Protocol):
     :ivar said_all: whether the peer on this side has closed its direction.
     """
 
+    # Any: besides ITransport, each is a consumer, a producer and, mostly, a half-closeable descriptor.
+    transport: Any
     other: _End | None = None
     said_all = False
 
@@ -112,14 +115,12 @@ class _ClientEnd(_End):
 
     def __init__(self, relay: RelayFactory) -> None:
         self._relay = relay
-        self._connecting: Deferred[None] | None = None
+        self._connecting: Deferred[Any] | None = None
 
     def connectionMade(self) -> None:
         self.transport.pauseProducing()
-        connecting = self._relay.backend.connect(_backend_factory)
-        self._connecting = connecting
-        connecting.addCallback(self._connected)
-        connecting.addErrback(self._not_connected)
+        self._connecting = self._relay.backend.connect(_backend_factory)
+        self._connecting.addCallbacks(self._connected, self._not_connected)
 
     def _connected(self, backend: _End) -> None:
         self._connecting = None

@@ -2,7 +2,7 @@
 Who is served, who waits and who is refused.
 
 There is no transport and no protocol here. A connection is whatever provides
-`connlimit.interfaces.IServableConnection`; it is, at any instant, in one of these states:
+`connlimit.interfaces.IConnection`; it is, at any instant, in one of these states:
 
     new       it was accepted; the limiter has not been asked about it yet
     waiting   it stands in the line
@@ -44,7 +44,7 @@ from connlimit import _descriptors
 from connlimit._drain import Drain
 from connlimit._line import Fifo
 from connlimit._settings import Settings, adjustable
-from connlimit.interfaces import ILimit, ILimiterObserver, IServableConnection
+from connlimit.interfaces import IConnection, ILimit, ILimiterObserver
 from connlimit.limits import All, Total
 from connlimit.refusals import DESCRIPTORS, DRAINING, FULL, REASONS, TIMEOUT
 
@@ -132,7 +132,7 @@ class Limiter:
         self._try_acquire = limit.try_acquire
         self._release = limit.release
 
-        self._active: set[IServableConnection] = set()
+        self._active: set[IConnection] = set()
         self._line = Fifo()
         self._timer: IDelayedCall | None = None
         self._serving = False
@@ -187,13 +187,13 @@ class Limiter:
             draining=self._draining,
         )
 
-    def active_for(self, factory: object) -> list[IServableConnection]:
+    def active_for(self, factory: object) -> list[IConnection]:
         """
         The active connections that a factory serves. Looks at all of them.
         """
         return [each for each in self._active if each.factory is factory]
 
-    def waiting_for(self, factory: object) -> list[IServableConnection]:
+    def waiting_for(self, factory: object) -> list[IConnection]:
         """
         The connections that wait for a factory, longest waiting first. Looks at the whole line.
         """
@@ -217,8 +217,7 @@ class Limiter:
         shift = _checked_clock(clock).seconds() - self.clock.seconds()
         self._stop_timer()
         for connection in list(self._line):
-            arrived = self._line.remove(connection)
-            self._line.add(connection, arrived + shift)
+            self._line.add(connection, self._line.remove(connection) + shift)
         self._clock = clock
         self._start_timer()
 
@@ -266,12 +265,12 @@ class Limiter:
         :return: fires when no connection is active.
         """
         self._draining = True
-        self.refuse_waiting(list(self._line))
+        self.refuse_waiting(self._line)
         return self.wait_for(self._active, timeout)
 
     # What happens to connections, told by the factories and protocols
 
-    def serve_at_once(self, connection: IServableConnection) -> bool:
+    def serve_at_once(self, connection: IConnection) -> bool:
         """
         Give a new connection a slot, if there is room and nobody waits.
         """
@@ -283,7 +282,7 @@ class Limiter:
             self._tell("served", connection, 0.0)
         return True
 
-    def may_wait(self, connection: IServableConnection) -> bool:
+    def may_wait(self, connection: IConnection) -> bool:
         """
         Whether there is a place in the line for a new connection. If there is none, it is refused herewith.
         """
@@ -294,7 +293,7 @@ class Limiter:
         self._count_refused(connection, reason)
         return False
 
-    def wait(self, connection: IServableConnection) -> None:
+    def wait(self, connection: IConnection) -> None:
         """
         Put a new connection into the line.
         """
@@ -310,19 +309,19 @@ class Limiter:
             self._tell("waiting", connection)
         self._serve_waiting()
 
-    def depart(self, connection: IServableConnection) -> None:
+    def depart(self, connection: IConnection) -> None:
         """
         The client of a waiting connection went away.
         """
-        arrived = self._line.remove(connection)
-        if arrived is None:
+        if connection not in self._line:
             return
+        arrived = self._line.remove(connection)
         self._departed += 1
         if self._observers:
             self._tell("departed", connection, self.clock.seconds() - arrived)
         self._serve_waiting()
 
-    def finish(self, connection: IServableConnection) -> None:
+    def finish(self, connection: IConnection) -> None:
         """
         The socket of an active connection is gone.
         """
@@ -336,16 +335,19 @@ class Limiter:
             self._tell("finished", connection)
         self._serve_waiting()
 
-    def refuse_waiting(self, connections: Iterable[IServableConnection]) -> None:
+    def refuse_waiting(self, connections: Iterable[IConnection]) -> None:
         """
         Refuse those of the connections that wait, because their server is being stopped.
         """
         # All leave the line before the first is told, lest the end of one bring another's turn.
-        for connection in [each for each in connections if self._line.remove(each) is not None]:
+        waiting = [each for each in connections if each in self._line]
+        for connection in waiting:
+            self._line.remove(connection)
+        for connection in waiting:
             self._refuse(connection, DRAINING)
         self._serve_waiting()
 
-    def wait_for(self, connections: Iterable[IServableConnection], timeout: float | None) -> Deferred[None]:
+    def wait_for(self, connections: Iterable[IConnection], timeout: float | None) -> Deferred[None]:
         """
         Wait until all of the connections that are active have finished, and abort what is left then.
 
@@ -370,7 +372,7 @@ class Limiter:
         """
         Serve the line as far as there is room.
         """
-        if self._serving or not self._line:
+        if self._serving:
             return
         self._serving = True
         try:
@@ -390,11 +392,11 @@ class Limiter:
         if not self._line:
             self._stop_timer()
 
-    def _refuse(self, connection: IServableConnection, reason: str) -> None:
+    def _refuse(self, connection: IConnection, reason: str) -> None:
         self._count_refused(connection, reason)
         connection.refuse(reason)
 
-    def _count_refused(self, connection: IServableConnection, reason: str) -> None:
+    def _count_refused(self, connection: IConnection, reason: str) -> None:
         self._refused[reason] += 1
         if self._observers:
             self._tell("refused", connection, reason)

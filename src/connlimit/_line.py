@@ -8,11 +8,11 @@ from collections import OrderedDict
 
 from zope.interface import implementer
 
-from connlimit.interfaces import IServableConnection, IWaitingLine
+from connlimit.interfaces import IConnection, IWaitingLine
 
 
 @implementer(IWaitingLine)
-class Fifo(OrderedDict[IServableConnection, float]):
+class Fifo(OrderedDict[IConnection, float]):
     """
     First come, first served: the time of arrival by connection.
 
@@ -20,25 +20,25 @@ class Fifo(OrderedDict[IServableConnection, float]):
     before it are removed.
     """
 
-    def add(self, connection: IServableConnection, now: float) -> None:
+    def add(self, connection: IConnection, now: float) -> None:
         """
         See `IWaitingLine.add`.
         """
         self[connection] = now
 
-    def remove(self, connection: IServableConnection) -> float | None:
+    def remove(self, connection: IConnection) -> float:
         """
         See `IWaitingLine.remove`.
         """
-        return self.pop(connection, None)
+        return self.pop(connection)
 
-    def next(self) -> IServableConnection:
+    def next(self) -> IConnection:
         """
         See `IWaitingLine.next`.
         """
         return next(iter(self))
 
-    def oldest(self) -> tuple[IServableConnection, float]:
+    def oldest(self) -> tuple[IConnection, float]:
         """
         See `IWaitingLine.oldest`.
         """

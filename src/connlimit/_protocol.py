@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections import deque
 from functools import cache, lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from twisted.internet.interfaces import (
     IAddress,
@@ -21,16 +21,16 @@ from twisted.internet.protocol import Protocol, connectionDone
 from twisted.logger import Logger
 from twisted.protocols.policies import ProtocolWrapper
 from twisted.python.failure import Failure
-from zope.interface import implementer, providedBy
+from zope.interface import classImplements, implementer, providedBy
 
-from connlimit.interfaces import IServableConnection
+from connlimit.interfaces import IConnection
 from connlimit.refusals import close
 
 if TYPE_CHECKING:
     from connlimit._factory import LimitingFactory
 
 
-@implementer(IServableConnection)
+@implementer(IConnection)
 class DelegatingProtocol(ProtocolWrapper):
     """
     What Twisted takes for the protocol of a connection; hands every event on to its delegate.
@@ -48,6 +48,9 @@ class DelegatingProtocol(ProtocolWrapper):
 
     _log = Logger()
     factory: LimitingFactory
+    # Any: what these two provide depends on the transport and on the delegate.
+    transport: Any
+    wrappedProtocol: Any
 
     def __init__(self, factory: LimitingFactory, address: IAddress) -> None:
         self.factory = factory
@@ -57,9 +60,9 @@ class DelegatingProtocol(ProtocolWrapper):
         """
         The log prefix that the delegate would have without us.
         """
-        delegate = self.wrappedProtocol
+        delegate: object = self.wrappedProtocol
         if ILoggingContext.providedBy(delegate):
-            return delegate.logPrefix()  # type: ignore[no-any-return]
+            return delegate.logPrefix()
         return delegate.__class__.__name__
 
     # Events, in the order of a connection's life
@@ -88,7 +91,7 @@ class DelegatingProtocol(ProtocolWrapper):
         finally:
             self.factory.limiter.finish(self)
 
-    # What the limiter decides, see IServableConnection
+    # What the limiter decides, see IConnection
 
     def serve(self) -> None:
         """
@@ -202,19 +205,20 @@ _forwarding = {
 
 
 @lru_cache(maxsize=1024)
-def _class_for(provided: object) -> type[DelegatingProtocol]:
+def _class_for(provided: Any) -> type[DelegatingProtocol]:
     """
     The class for connections whose delegate provides the interfaces.
 
     Cached, since it is asked for each connection: a declaration is one object for all instances of a class.
     """
-    return _combined(
-        tuple(cls for interface, cls in _forwarding.items() if interface in provided.flattened())
-    )  # type: ignore[attr-defined]
+    return _combined(tuple(cls for interface, cls in _forwarding.items() if provided.isOrExtends(interface)))
 
 
 @cache
 def _combined(classes: tuple[type[DelegatingProtocol], ...]) -> type[DelegatingProtocol]:
     if not classes:
         return DelegatingProtocol
-    return type("DelegatingProtocol", classes, {"__doc__": DelegatingProtocol.__doc__})
+    combined = type("DelegatingProtocol", classes, {"__doc__": DelegatingProtocol.__doc__})
+    # With a declaration of its own; without, zope.interface would go on to ask __getattr__, the transport.
+    classImplements(combined, IConnection)  # type: ignore[misc]
+    return combined

@@ -15,7 +15,7 @@ from twisted.application.internet import SSLServer, StreamServerEndpointService,
 from twisted.application.service import IService, IServiceCollection, IServiceMaker, MultiService
 from twisted.internet.endpoints import clientFromString, serverFromString
 from twisted.internet.error import CannotListenError
-from twisted.internet.interfaces import IProtocolFactory, IStreamServerEndpoint
+from twisted.internet.interfaces import IProtocolFactory
 from twisted.logger import Logger
 from twisted.plugin import getPlugins
 from twisted.python import usage
@@ -52,11 +52,14 @@ class Options(usage.Options):
     The options of ``twistd connlimit``.
     """
 
-    synopsis = "[limits] [--listen ENDPOINT... (--forward ENDPOINT | --factory MODULE:NAME)] | [limits] PLUGIN [its options]"
+    synopsis = (
+        "[limits] [--listen ENDPOINT]... [--forward ENDPOINT | --factory MODULE:NAME]"
+        "  or  [limits] PLUGIN [its options]"
+    )
     longdesc = (
-        "Serves so many connections at once and lets the others wait in line, paused. What is limited: another "
-        "server (--forward), a factory (--factory), or any other twistd plugin, named after the limits with "
-        "options of its own. With nothing to limit, a slow web page shows how it works."
+        "Serves so many connections at once and lets the others wait in line, paused. What is limited: "
+        "another server (--forward), a factory (--factory), or any other twistd plugin, named after the "
+        "limits, with options of its own. With nothing to limit, a slow web page shows how it works."
     )
     optParameters = [
         [name.replace("_", "-"), None, None, field.metadata["help"]] for name, field in FIELDS.items()
@@ -76,7 +79,7 @@ class Options(usage.Options):
         self["listen"].append(description)
 
     @property
-    def subCommands(self) -> Iterator[tuple[str, None, Callable[[], usage.Options], str]]:  # type: ignore[override]
+    def subCommands(self) -> Iterator[tuple[str, None, Callable[[], usage.Options], str]]:
         """
         All other twistd plugins, as those that can be limited.
         """
@@ -129,7 +132,7 @@ class Options(usage.Options):
             self["served"] = _import_factory(self["factory"])
 
 
-def _server_endpoint(reactor: Any, description: str) -> IStreamServerEndpoint:
+def _server_endpoint(reactor: Any, description: str) -> Any:
     """
     The endpoint to listen at, with the longest backlog the kernel has, where it has one and none is given.
     """
@@ -272,18 +275,15 @@ def _budget(limiter: Limiter) -> str:
     """
     One sentence on how many connections there can be.
     """
-    descriptors = _descriptors.limit()
-    served, waiting = limiter.max_connections, limiter.max_waiting
-    if descriptors is None:
-        room = "as many as come" if waiting is None else str(waiting)
-        return f"{limiter.name}: {'any number' if served is None else served} served at once, room for {room} in the line"
-    free = max(0, descriptors - _descriptors.reserve(descriptors) - (served or 0))
-    room = free if waiting is None else min(free, waiting)
-    return (
-        f"{limiter.name}: {descriptors} descriptors, {_descriptors.reserve(descriptors)} of them kept free of "
-        f"waiting connections; {'any number' if served is None else served} served at once, "
-        f"room for {room} in the line"
-    )
+    served, waiting, descriptors = limiter.max_connections, limiter.max_waiting, _descriptors.limit()
+    facts = [f"{'any number' if served is None else served} served at once"]
+    if descriptors is not None:
+        kept_free = _descriptors.reserve(descriptors)
+        facts.insert(0, f"{descriptors} descriptors, {kept_free} of them kept free of those who wait")
+        room = max(0, descriptors - kept_free - (served or 0))
+        waiting = room if waiting is None else min(room, waiting)
+    facts.append(f"room for {'any number' if waiting is None else waiting} in the line")
+    return f"{limiter.name}: " + ", ".join(facts)
 
 
 def _exit_cleanly(reactor: Any) -> None:

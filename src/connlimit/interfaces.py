@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from twisted.internet.interfaces import IAddress, IProtocol
+from twisted.internet.interfaces import IAddress, IProtocol, IProtocolFactory
 from zope.interface import Attribute, Interface
 
 if TYPE_CHECKING:
@@ -18,32 +18,25 @@ if TYPE_CHECKING:
 
 class IConnection(Interface):
     """
-    One accepted connection, as limits, lines and observers see it.
+    One accepted connection: what limits, lines and observers may look at, and what its limiter tells it.
     """
 
     address: IAddress = Attribute("The client's address, as Twisted gives it to ``buildProtocol``.")
-
-
-class IServableConnection(IConnection):
-    """
-    What the limiter itself asks of a connection.
-    """
-
-    factory: object = Attribute("Which factory it belongs to.")
+    factory: IProtocolFactory = Attribute("The factory that it belongs to.")
 
     def serve() -> None:
         """
-        Its turn has come after a wait: hand the transport to the real protocol. Never raises.
+        Its turn has come after a wait: the real protocol gets the transport. Never raises.
         """
 
     def refuse(reason: str) -> None:
         """
-        It will not be served: tell the client, as far as the refusal has words, and close. Never raises.
+        It will not be served: the refusal says so, as far as it has words, and closes. Never raises.
         """
 
     def abort() -> None:
         """
-        End the connection at once, dropping what is still to be sent. Never raises.
+        It is ended at once, and what is still to be sent is dropped. Never raises.
         """
 
 
@@ -90,6 +83,11 @@ class IWaitingLine(Interface):
         Those who wait, longest waiting first.
         """
 
+    def __contains__(connection: IConnection) -> bool:
+        """
+        Whether the connection waits here.
+        """
+
     def add(connection: IConnection, now: float) -> None:
         """
         Put the connection in the line.
@@ -97,11 +95,12 @@ class IWaitingLine(Interface):
         :param now: the time of its arrival in seconds, never less than that of the connection before it.
         """
 
-    def remove(connection: IConnection) -> float | None:
+    def remove(connection: IConnection) -> float:
         """
         Take the connection out, wherever it stands.
 
-        :return: the time of its arrival in seconds, or None if it does not wait here.
+        :return: the time of its arrival in seconds.
+        :raises KeyError: if it does not wait here.
         """
 
     def next() -> IConnection:

@@ -1,0 +1,607 @@
+"""
+Who is served, who waits and who is refused.
+"""
+
+from __future__ import annotations
+
+import pytest
+from fakes import FakeConnection, RecordingFactory
+from twisted.internet.task import Clock
+from twisted.trial.unittest import SynchronousTestCase
+from zope.interface import implementer
+from zope.interface.verify import verifyObject
+
+from connlimit import Limiter, LimitingFactory, _descriptors
+from connlimit._settings import FIELDS
+from connlimit.interfaces import ILimit, ILimiterObserver
+from connlimit.observers import LimiterObserver
+
+
+class LimiterTestCase(SynchronousTestCase):
+    """
+    A limiter before one recording factory, and clients by the number.
+    """
+
+    def limited(self, *args: object, **settings: object) -> Limiter:
+        self.clock = settings.setdefault("clock", Clock())
+        self.limiter = Limiter(*args, **settings)
+        self.server = RecordingFactory()
+        self.factory = LimitingFactory(self.server, self.limiter)
+        self.clients: list[FakeConnection] = []
+        return self.limiter
+
+    def connect(self, count: int = 1, **how: bool) -> list[FakeConnection]:
+        new = [
+            FakeConnection(self.clock, number=len(self.clients) + index, **how).connect(self.factory)
+            for index in range(count)
+        ]
+        self.clients += new
+        self.turn()
+        return new
+
+    def turn(self) -> None:
+        """
+        Let everything happen that is due.
+        """
+        while any(call.getTime() <= self.clock.seconds() for call in self.clock.getDelayedCalls()):
+            self.clock.advance(0)
+
+    def close(self, *clients: FakeConnection) -> None:
+        for client in clients:
+            client.close()
+        self.turn()
+
+    def served(self) -> list[int]:
+        """
+        The numbers of the clients that were served, in the order of their turns.
+        """
+        return [address.port - 10000 for address in self.server.addresses]
+
+    def assert_counts(self, **expected: object) -> None:
+        snapshot = self.limiter.snapshot()
+        refused = {reason: count for reason, count in snapshot.refused.items() if count}
+        actual = {name: refused if name == "refused" else getattr(snapshot, name) for name in expected}
+        self.assertEqual(actual, expected)
+        self.assertEqual(
+            snapshot.accepted,
+            snapshot.active
+            + snapshot.waiting
+            + snapshot.finished
+            + snapshot.departed
+            + sum(snapshot.refused.values()),
+        )
+
+
+class ServingTests(LimiterTestCase):
+    """
+    Slots are taken and freed.
+    """
+
+    def test_so_many_are_served_and_the_others_wait(self) -> None:
+        self.limited(2)
+        self.connect(5)
+        self.assertEqual(self.served(), [0, 1])
+        self.assert_counts(active=2, waiting=3, accepted=5, served=2)
+
+    def test_each_freed_slot_goes_to_the_longest_waiting(self) -> None:
+        self.limited(2)
+        clients = self.connect(5)
+        self.close(clients[1])
+        self.assertEqual(self.served(), [0, 1, 2])
+        self.close(clients[0], clients[2])
+        self.assertEqual(self.served(), [0, 1, 2, 3, 4])
+        self.assertEqual(self.server.most_live, 2)
+
+    def test_a_newcomer_does_not_overtake_the_line(self) -> None:
+        self.limited(1)
+        first, _ = self.connect(2)
+        first.close()
+        self.clients += [FakeConnection(self.clock, number=2).connect(self.factory)]
+        self.turn()
+        self.assertEqual(self.served(), [0, 1])
+
+    def test_without_limits_it_serves_everybody_and_counts(self) -> None:
+        self.limited()
+        clients = self.connect(100)
+        self.close(*clients[:40])
+        self.assert_counts(active=60, waiting=0, accepted=100, served=100, finished=40)
+
+    def test_a_limit_of_zero_serves_nobody_until_it_is_raised(self) -> None:
+        limiter = self.limited(0)
+        self.connect(3)
+        self.assert_counts(active=0, waiting=3)
+        limiter.max_connections = 2
+        self.assertEqual(self.served(), [0, 1])
+
+    def test_a_raise_admits_at_once(self) -> None:
+        limiter = self.limited(1)
+        self.connect(5)
+        limiter.max_connections = 4
+        self.assertEqual(self.served(), [0, 1, 2, 3])
+
+    def test_taking_the_limit_away_admits_all(self) -> None:
+        limiter = self.limited(1)
+        self.connect(5)
+        limiter.max_connections = None
+        self.assert_counts(active=5, waiting=0)
+
+    def test_a_cut_ends_nobody_and_admits_nobody_until_there_is_room(self) -> None:
+        limiter = self.limited(3)
+        clients = self.connect(5)
+        limiter.max_connections = 1
+        self.assert_counts(active=3, waiting=2)
+        self.close(clients[0], clients[1])
+        self.assert_counts(active=1, waiting=2)
+        self.close(clients[2])
+        self.assertEqual(self.served(), [0, 1, 2, 3])
+
+    def test_a_limit_that_comes_while_running_counts_those_who_are_there(self) -> None:
+        limiter = self.limited()
+        clients = self.connect(3)
+        limiter.max_connections = 2
+        self.connect()
+        self.close(clients[0])
+        self.assert_counts(active=2, waiting=1)
+        self.close(clients[1])
+        self.assert_counts(active=2, waiting=0)
+
+    def test_factories_that_share_a_limiter_share_its_limit(self) -> None:
+        limiter = self.limited(2)
+        other = RecordingFactory()
+        first, _ = self.connect(2)
+        third = FakeConnection(self.clock).connect(LimitingFactory(other, limiter))
+        self.assertEqual(other.live, [])
+        self.close(first)
+        self.assertEqual(len(other.live), 1)
+        self.close(third)
+        self.assertEqual(limiter.active, 1)
+
+
+class LineTests(LimiterTestCase):
+    """
+    The line has an end, and patience too.
+    """
+
+    def test_a_full_line_refuses(self) -> None:
+        self.limited(1, max_waiting=2)
+        clients = self.connect(5)
+        self.assertEqual([client.closed for client in clients], [False, False, False, True, True])
+        self.assert_counts(active=1, waiting=2, refused={"full": 2})
+
+    def test_with_no_place_in_the_line_only_those_with_a_slot_stay(self) -> None:
+        self.limited(1, max_waiting=0)
+        first, second = self.connect(2)
+        self.assertTrue(second.closed)
+        self.close(first)
+        self.connect()
+        self.assert_counts(active=1, finished=1, refused={"full": 1})
+
+    def test_a_shorter_line_refuses_newcomers_and_nobody_who_waits(self) -> None:
+        limiter = self.limited(1, max_waiting=3)
+        self.connect(4)
+        limiter.max_waiting = 1
+        self.connect()
+        self.assert_counts(waiting=3, refused={"full": 1})
+
+    def test_a_connection_that_finds_the_last_place_taken_when_it_is_made_is_refused(self) -> None:
+        self.limited(0, max_waiting=1)
+        slow = self.factory.buildProtocol(FakeConnection(self.clock).address)
+        self.connect()
+        late = FakeConnection(self.clock)
+        late.protocol = slow
+        slow.makeConnection(late)
+        self.turn()
+        self.assertTrue(late.closed)
+        self.assert_counts(waiting=1, refused={"full": 1})
+
+    def test_a_connection_that_finds_room_when_it_is_made_is_served(self) -> None:
+        limiter = self.limited(0)
+        late = self.factory.buildProtocol(FakeConnection(self.clock).address)
+        limiter.max_connections = 1
+        late.makeConnection(FakeConnection(self.clock))
+        self.assert_counts(active=1, waiting=0)
+
+    def test_who_waits_too_long_is_refused_and_nobody_else(self) -> None:
+        self.limited(1, wait_timeout=10)
+        first = self.connect(2)[1]
+        self.clock.advance(4)
+        second = self.connect()[0]
+        self.clock.advance(6)
+        self.turn()
+        self.assertEqual((first.closed, second.closed), (True, False))
+        self.clock.advance(4)
+        self.turn()
+        self.assertTrue(second.closed)
+        self.assert_counts(active=1, waiting=0, refused={"timeout": 2})
+
+    def test_one_timer_serves_the_whole_line(self) -> None:
+        self.limited(1, wait_timeout=10)
+        self.connect(100)
+        self.assertEqual(len(self.clock.getDelayedCalls()), 1)
+
+    def test_an_empty_line_has_no_timer(self) -> None:
+        self.limited(1, wait_timeout=10)
+        first, _ = self.connect(2)
+        self.close(first)
+        self.assertEqual(self.clock.getDelayedCalls(), [])
+
+    def test_a_line_that_its_last_client_left_has_no_timer(self) -> None:
+        self.limited(1, wait_timeout=10)
+        _, waiting = self.connect(2)
+        waiting.abortConnection()
+        self.turn()
+        self.assertEqual(self.clock.getDelayedCalls(), [])
+        self.assert_counts(departed=1)
+
+    def test_a_timeout_that_is_changed_holds_for_those_who_wait(self) -> None:
+        limiter = self.limited(1)
+        waiting = self.connect(2)[1]
+        self.clock.advance(100)
+        limiter.wait_timeout = 200
+        self.clock.advance(99)
+        self.assertFalse(waiting.disconnecting)
+        limiter.wait_timeout = 50
+        self.turn()
+        self.assertTrue(waiting.closed)
+
+    def test_a_timeout_that_is_taken_away_refuses_nobody(self) -> None:
+        limiter = self.limited(1, wait_timeout=1)
+        waiting = self.connect(2)[1]
+        limiter.wait_timeout = None
+        self.clock.advance(1000)
+        self.assertFalse(waiting.disconnecting)
+
+    def test_another_clock_lets_those_who_wait_keep_the_time_they_have_waited(self) -> None:
+        limiter = self.limited(1, wait_timeout=10)
+        waiting = self.connect(2)[1]
+        self.clock.advance(6)
+        old, new = self.clock, Clock()
+        new.advance(1000)
+        limiter.clock = new
+        self.assertEqual(old.getDelayedCalls(), [])
+        self.assertEqual(limiter.snapshot().longest_wait, 6)
+        new.advance(4)
+        self.assertTrue(waiting.disconnecting)
+
+    def test_clients_whose_descriptors_would_be_missed_are_refused(self) -> None:
+        self.limited(1)
+        self.patch(_descriptors, "left_for_waiting", lambda: False)
+        clients = self.connect(2)
+        self.assertEqual([client.closed for client in clients], [False, True])
+        self.assert_counts(active=1, refused={"descriptors": 1})
+
+
+class ManyTests(LimiterTestCase):
+    """
+    What happens to one connection can happen to ten thousand in one call.
+    """
+
+    MANY = 10_000
+
+    def test_ten_thousand_that_close_when_they_are_served_all_get_their_turn(self) -> None:
+        for at_once, many in ((True, self.MANY), (False, 1_000)):
+            with self.subTest(at_once=at_once):
+                self.limited(1)
+                self.server.protocol = Closing
+                blocker = self.connect()[0]
+                self.limiter.max_connections = 0
+                self.turn()
+                self.connect(many, at_once=at_once)
+                self.assert_counts(waiting=many)
+                self.limiter.max_connections = 1
+                self.turn()
+                self.assertTrue(blocker.closed)
+                self.assertEqual(self.served(), list(range(many + 1)))
+                self.assert_counts(active=0, waiting=0, finished=many + 1)
+                self.assertEqual(self.server.most_live, 1)
+
+    def test_ten_thousand_time_out_together(self) -> None:
+        self.limited(0, wait_timeout=5)
+        self.connect(self.MANY, at_once=True)
+        self.clock.advance(5)
+        self.turn()
+        self.assert_counts(waiting=0, refused={"timeout": self.MANY})
+
+
+class Closing(RecordingFactory.protocol):
+    """
+    A server that closes every connection as soon as it is made.
+    """
+
+    def connectionMade(self) -> None:
+        super().connectionMade()
+        self.transport.loseConnection()
+
+
+class SettingsTests(LimiterTestCase):
+    """
+    Settings are checked, and changed all or none.
+    """
+
+    def test_wrong_values_are_refused_by_the_name_of_their_setting(self) -> None:
+        for error, settings in [
+            (ValueError, {"max_connections": -1}),
+            (TypeError, {"max_connections": "10"}),
+            (TypeError, {"max_connections": 1.5}),
+            (TypeError, {"max_connections": True}),
+            (ValueError, {"max_waiting": -5}),
+            (TypeError, {"max_waiting": []}),
+            (ValueError, {"wait_timeout": 0}),
+            (ValueError, {"wait_timeout": -0.1}),
+            (ValueError, {"wait_timeout": float("nan")}),
+            (ValueError, {"wait_timeout": float("inf")}),
+            (TypeError, {"wait_timeout": "30"}),
+            (ValueError, {"name": ""}),
+            (TypeError, {"name": None}),
+            (TypeError, {"clock": "now"}),
+            (TypeError, {"max_conections": 1}),
+        ]:
+            (name,) = settings
+            with self.subTest(settings), pytest.raises(error, match=name):
+                Limiter(**settings)
+            if name in FIELDS:
+                with self.subTest(settings), pytest.raises(error, match=name):
+                    setattr(Limiter(), name, settings[name])
+        with pytest.raises(TypeError, match="clock"):
+            Limiter().clock = "now"
+        with pytest.raises(TypeError, match="max_conections is not a setting; did you mean max_connections"):
+            Limiter().reconfigure(max_conections=1)
+
+    def test_one_wrong_value_changes_nothing(self) -> None:
+        limiter = self.limited(1)
+        self.connect(2)
+        before = limiter.settings
+        with pytest.raises(ValueError, match="max_waiting"):
+            limiter.reconfigure(max_connections=5, max_waiting=-1)
+        self.assertIs(limiter.settings, before)
+        self.assert_counts(active=1, waiting=1)
+
+    def test_several_settings_change_together(self) -> None:
+        limiter = self.limited(1)
+        limiter.reconfigure(max_connections=5, max_waiting=7, wait_timeout=3.5, name="mail")
+        self.assertEqual(
+            (limiter.max_connections, limiter.max_waiting, limiter.wait_timeout, limiter.name),
+            (5, 7, 3.5, "mail"),
+        )
+
+    def test_the_reactor_is_the_clock_if_none_is_given(self) -> None:
+        from twisted.internet import reactor
+
+        self.assertIs(Limiter().clock, reactor)
+
+    def test_it_shows_what_it_holds(self) -> None:
+        self.limited(2, name="web")
+        self.connect(3)
+        self.assertEqual(repr(self.limiter), "<Limiter web: 2 of 2 served, 1 waiting>")
+
+
+class SnapshotTests(LimiterTestCase):
+    """
+    The counters tell what happened.
+    """
+
+    def test_waits_are_counted_and_summed(self) -> None:
+        self.limited(1)
+        clients = self.connect(3)
+        self.clock.advance(2)
+        self.close(clients[0])
+        self.clock.advance(3)
+        self.assertEqual(self.limiter.snapshot().longest_wait, 5)
+        self.close(clients[1])
+        self.assert_counts(waits=2, wait_seconds=7.0, longest_wait=0.0, served=3, finished=2)
+
+    def test_a_snapshot_does_not_change_any_more(self) -> None:
+        self.limited(0, max_waiting=0)
+        snapshot = self.limiter.snapshot()
+        self.connect()
+        self.assertEqual(snapshot.refused["full"], 0)
+        with pytest.raises(AttributeError):
+            snapshot.active = 5
+        with pytest.raises(TypeError):
+            snapshot.refused["full"] = 5
+
+
+@implementer(ILimiterObserver)
+class Recorder:
+    """
+    Writes down what an observer is told.
+    """
+
+    def __init__(self) -> None:
+        self.told: list[tuple[object, ...]] = []
+
+    def __getattr__(self, event: str) -> object:
+        return lambda limiter, *facts: self.told.append((event, *facts))
+
+
+class ObserverTests(LimiterTestCase):
+    """
+    Observers hear everything and harm nothing.
+    """
+
+    def test_every_event_is_told(self) -> None:
+        recorder = Recorder()
+        self.limited(1, max_waiting=2, wait_timeout=5, observers=[recorder])
+        first, _, third, _ = self.connect(4)
+        self.clock.advance(1)
+        self.close(first)
+        third.abortConnection()
+        self.turn()
+        self.connect()
+        self.clock.advance(5)
+        self.turn()
+        self.limiter.reconfigure(max_connections=3, max_waiting=2)
+        ports = [
+            tuple(fact.address.port - 10000 if hasattr(fact, "address") else fact for fact in told)
+            for told in recorder.told
+        ]
+        self.assertEqual(
+            ports,
+            [
+                ("served", 0, 0.0),
+                ("waiting", 1),
+                ("waiting", 2),
+                ("refused", 3, "full"),
+                ("finished", 0),
+                ("served", 1, 1.0),
+                ("departed", 2, 1.0),
+                ("waiting", 4),
+                ("refused", 4, "timeout"),
+                ("reconfigured", {"max_connections": (1, 3)}),
+            ],
+        )
+
+    def test_an_observer_that_raises_is_logged_and_changes_nothing(self) -> None:
+        class Broken(LimiterObserver):
+            def __getattribute__(self, name: str) -> object:
+                raise ZeroDivisionError(name)
+
+        recorder = Recorder()
+        self.limited(1, observers=[Broken(), recorder])
+        first, _ = self.connect(2)
+        self.close(first)
+        self.assertEqual(self.served(), [0, 1])
+        self.assertEqual([event for event, *_ in recorder.told], ["served", "waiting", "finished", "served"])
+        self.assertEqual(len(self.flushLoggedErrors(ZeroDivisionError)), 4)
+
+    def test_observers_come_and_go(self) -> None:
+        self.limited()
+        recorder = Recorder()
+        self.limiter.add_observer(recorder)
+        self.connect()
+        self.limiter.remove_observer(recorder)
+        self.connect()
+        self.assertEqual(len(recorder.told), 1)
+
+    def test_the_base_class_provides_all_of_the_interface(self) -> None:
+        verifyObject(ILimiterObserver, LimiterObserver())
+
+
+@implementer(ILimit)
+class RemoteLimit:
+    """
+    A limit whose slots live elsewhere: it says no while it asks, and calls back.
+    """
+
+    def __init__(self) -> None:
+        self.granted = 0
+        self.held: list[object] = []
+
+    def try_acquire(self, connection: object) -> bool:
+        if self.granted:
+            self.granted -= 1
+            self.held.append(connection)
+            return True
+        return False
+
+    def release(self, connection: object) -> None:
+        self.held.remove(connection)
+
+    def subscribe(self, callback: object) -> None:
+        self.callback = callback
+
+    def grant(self, count: int) -> None:
+        self.granted += count
+        self.callback()
+
+
+class FurtherLimitTests(LimiterTestCase):
+    """
+    A connection is served when it has a slot of every limit.
+    """
+
+    def test_the_line_waits_for_a_limit_that_answers_later(self) -> None:
+        remote = RemoteLimit()
+        self.limited(2, limits=[remote])
+        clients = self.connect(3)
+        self.assert_counts(active=0, waiting=3)
+        remote.grant(3)
+        self.assert_counts(active=2, waiting=1)
+        self.assertEqual(len(remote.held), 2)
+        self.close(clients[0])
+        self.assert_counts(active=2, waiting=0)
+
+    def test_a_newcomer_leaves_a_slot_that_was_not_announced_to_the_line(self) -> None:
+        remote = RemoteLimit()
+        self.limited(limits=[remote])
+        self.connect()
+        remote.granted = 1
+        connection = self.factory.buildProtocol(None)
+        self.assert_counts(active=0, waiting=1)
+        connection.makeConnection(FakeConnection(self.clock))
+        self.assertEqual(self.served(), [0])
+        self.assert_counts(active=1, waiting=1)
+
+    def test_a_limit_that_raises_is_logged_and_has_no_room(self) -> None:
+        class Broken(RemoteLimit):
+            def try_acquire(self, connection: object) -> bool:
+                raise ZeroDivisionError
+
+        limiter = self.limited(2, limits=[Broken()])
+        self.connect()
+        self.assert_counts(active=0, waiting=1)
+        self.assertEqual(limiter._total.in_use, 0)
+        self.assertTrue(self.flushLoggedErrors(ZeroDivisionError))
+
+    def test_a_limit_that_raises_on_release_is_logged_and_the_others_are_released(self) -> None:
+        class Broken(RemoteLimit):
+            def release(self, connection: object) -> None:
+                raise ZeroDivisionError
+
+        broken = Broken()
+        broken.granted = 2
+        self.limited(1, limits=[broken])
+        first, _ = self.connect(2)
+        self.close(first)
+        self.assert_counts(active=1, waiting=0)
+        self.assertEqual(len(self.flushLoggedErrors(ZeroDivisionError)), 1)
+
+
+class DrainTests(LimiterTestCase):
+    """
+    A limiter can be emptied.
+    """
+
+    def test_draining_refuses_newcomers_and_the_line_and_waits_for_the_active(self) -> None:
+        limiter = self.limited(2)
+        clients = self.connect(4)
+        done = limiter.drain()
+        self.turn()
+        self.connect()
+        self.assertEqual([client.closed for client in self.clients], [False, False, True, True, True])
+        self.close(clients[0])
+        self.assertNoResult(done)
+        self.close(clients[1])
+        self.successResultOf(done)
+        self.assert_counts(active=0, waiting=0, finished=2, refused={"draining": 3})
+
+    def test_what_does_not_end_in_time_is_aborted(self) -> None:
+        limiter = self.limited(2)
+        first, second = self.connect(2)
+        done = limiter.drain(10)
+        self.close(first)
+        self.clock.advance(10)
+        self.turn()
+        self.successResultOf(done)
+        self.assertTrue(second.closed)
+        self.assertEqual(self.clock.getDelayedCalls(), [])
+
+    def test_a_drain_that_ends_early_leaves_no_timer(self) -> None:
+        limiter = self.limited(1)
+        client = self.connect()[0]
+        done = limiter.drain(10)
+        self.close(client)
+        self.successResultOf(done)
+        self.assertEqual(self.clock.getDelayedCalls(), [])
+
+    def test_an_idle_limiter_is_drained_at_once(self) -> None:
+        self.successResultOf(self.limited(1).drain(10))
+        self.assertTrue(self.limiter.snapshot().draining)
+
+    def test_nobody_in_the_line_is_served_by_the_end_of_another_while_it_is_refused(self) -> None:
+        limiter = self.limited(0)
+        self.connect(5, at_once=True)
+        limiter.max_connections = 0
+        limiter.drain()
+        self.assertEqual(self.served(), [])
+        self.assert_counts(refused={"draining": 5})

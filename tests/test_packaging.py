@@ -1,0 +1,146 @@
+"""
+What is installed can be found by Twisted, however it is installed, and is gone when it is uninstalled.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from importlib.metadata import requires, version
+from pathlib import Path
+
+import pytest
+from twisted.application.service import IServiceMaker
+from twisted.internet.interfaces import IStreamServerEndpointStringParser
+from twisted.plugin import getPlugins
+
+ROOT = Path(__file__).parent.parent
+
+#: What a Twisted program does to find us, run from a folder that has nothing to do with us.
+DISCOVERY = """
+from twisted.application.service import IServiceMaker
+from twisted.internet import reactor
+from twisted.internet.endpoints import serverFromString
+from twisted.plugin import getPlugins
+print("connlimit" in [plugin.tapname for plugin in getPlugins(IServiceMaker)])
+try:
+    print(type(serverFromString(reactor, "connlimit:tcp:0:max_connections=3")).__name__)
+except ValueError:
+    print("unknown")
+"""
+
+
+def test_this_installation_is_found() -> None:
+    assert "connlimit" in [plugin.tapname for plugin in getPlugins(IServiceMaker)]
+    assert "connlimit" in [plugin.prefix for plugin in getPlugins(IStreamServerEndpointStringParser)]
+
+
+def test_the_core_needs_three_packages_alone() -> None:
+    needed = [line for line in requires("connlimit") if "extra ==" not in line]
+    assert sorted(line.split(">")[0].split("<")[0].lower() for line in needed) == [
+        "attrs",
+        "twisted",
+        "zope.interface",
+    ]
+
+
+class Environment:
+    """
+    A fresh virtual environment.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        subprocess.run([sys.executable, "-m", "venv", str(path)], check=True)
+        self.elsewhere = path / "elsewhere"
+        self.elsewhere.mkdir()
+
+    def run(self, program: str, *arguments: str) -> str:
+        """
+        What a program of the environment prints.
+        """
+        environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+        done = subprocess.run(
+            [str(self.path / "bin" / program), *arguments],
+            cwd=self.elsewhere,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    def install(self, *what: str) -> None:
+        self.run("python", "-m", "pip", "--quiet", "--disable-pip-version-check", "install", *what)
+
+    def finds_connlimit(self) -> bool:
+        """
+        Whether Twisted finds all of it, or, if it says False, nothing.
+        """
+        listed, endpoint = self.run("python", "-c", DISCOVERY).split()
+        in_help = "connlimit" in self.run("twistd", "--help")
+        assert (listed, endpoint, in_help) in (
+            ("True", "LimitingEndpoint", True),
+            ("False", "unknown", False),
+        )
+        return in_help
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """
+    A copy of the source, since installing writes beside it.
+    """
+    copy = tmp_path_factory.mktemp("source") / "connlimit"
+    leave_out = shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "__pycache__", "_build")
+    shutil.copytree(ROOT, copy, ignore=leave_out)
+    return copy
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory: pytest.TempPathFactory) -> Environment:
+    """
+    An environment that has Twisted, and the tools to build packages.
+    """
+    environment = Environment(tmp_path_factory.mktemp("environment"))
+    try:
+        environment.install(f"Twisted=={version('Twisted')}", "build")
+    except AssertionError as error:
+        if os.environ.get("CONNLIMIT_REQUIRE_PROGRAMS"):
+            raise
+        pytest.skip(f"packages cannot be installed here: {error}")
+    return environment
+
+
+@pytest.fixture(scope="module")
+def built(source: Path, environment: Environment) -> Path:
+    """
+    A folder with the source distribution, and the wheel that was made of it.
+    """
+    environment.run("python", "-m", "build", "--outdir", str(source / "dist"), str(source))
+    return source / "dist"
+
+
+def test_twisted_finds_it_after_every_kind_of_installation_and_not_after_its_end(
+    source: Path, built: Path, environment: Environment
+) -> None:
+    (wheel,), (archive,) = built.glob("*.whl"), built.glob("*.tar.gz")
+    assert not environment.finds_connlimit()
+    for what in ([str(source)], ["--editable", str(source)], [str(wheel)], [str(archive)]):
+        environment.install(*what)
+        assert environment.finds_connlimit(), what
+        environment.run("python", "-m", "pip", "--quiet", "uninstall", "--yes", "connlimit")
+        assert not environment.finds_connlimit(), what
+
+
+def test_the_wheel_holds_the_package_and_the_plugin_and_nothing_else(built: Path) -> None:
+    (wheel,) = built.glob("*.whl")
+    names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+    package = {
+        file.relative_to(ROOT / "src").as_posix() for file in (ROOT / "src" / "connlimit").rglob("*.py")
+    }
+    assert names == package | {"connlimit/py.typed", "twisted/plugins/connlimit_plugin.py"}

@@ -1,0 +1,255 @@
+"""
+Any order of events whatever: no slot and no byte is lost, and every connection ends in exactly one way.
+"""
+
+from __future__ import annotations
+
+from fakes import ApplicationError, FakeConnection, RecordingFactory, RecordingProtocol
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from twisted.internet.protocol import Protocol
+from twisted.internet.task import Clock
+
+from connlimit import Limiter, LimitingFactory
+from connlimit.observers import LimiterObserver
+
+
+class UnrulyProtocol(RecordingProtocol):
+    """
+    An echo server that, as its factory was told, closes or fails in one of its methods.
+    """
+
+    def connectionMade(self) -> None:
+        super().connectionMade()
+        self.act("connectionMade")
+
+    def dataReceived(self, data: bytes) -> None:
+        super().dataReceived(data)
+        self.act("dataReceived")
+
+    def connectionLost(self, reason: object) -> None:
+        super().connectionLost(reason)
+        self.act("connectionLost")
+
+    def act(self, where: str) -> None:
+        if self.conduct[0] == where:
+            {"close": self.transport.loseConnection, "abort": self.transport.abortConnection}.get(
+                self.conduct[1], self.fail
+            )()
+
+    def fail(self) -> None:
+        raise ApplicationError
+
+
+class UnrulyFactory(RecordingFactory):
+    """
+    Builds servers that behave as the connection's number says.
+    """
+
+    protocol = UnrulyProtocol
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conduct: dict[int, tuple[str, str]] = {}
+
+    def buildProtocol(self, addr: object) -> Protocol | None:
+        conduct = self.conduct[addr.port]
+        if conduct[0] == "buildProtocol":
+            if conduct[1] == "fail":
+                raise ApplicationError
+            return None
+        protocol = super().buildProtocol(addr)
+        protocol.conduct = conduct
+        return protocol
+
+
+class Endings(LimiterObserver):
+    """
+    Notes how each connection ended, and who was served before those who had waited longer.
+    """
+
+    def __init__(self) -> None:
+        self.endings: dict[int, list[str]] = {}
+        self.served_ones: set[int] = set()
+        self.line: list[int] = []
+        self.overtakers: list[int] = []
+
+    def ends(self, connection: object, how: str) -> None:
+        port = connection.address.port
+        self.endings.setdefault(port, []).append(how)
+        if port in self.line:
+            self.line.remove(port)
+
+    def waiting(self, limiter: Limiter, connection: object) -> None:
+        self.line.append(connection.address.port)
+
+    def served(self, limiter: Limiter, connection: object, waited: float) -> None:
+        port = connection.address.port
+        self.served_ones.add(port)
+        if self.line and self.line.pop(0) != port:
+            self.overtakers.append(port)
+
+    def finished(self, limiter: Limiter, connection: object) -> None:
+        self.ends(connection, "served and finished")
+
+    def refused(self, limiter: Limiter, connection: object, reason: str) -> None:
+        self.ends(connection, "refused")
+
+    def departed(self, limiter: Limiter, connection: object, waited: float) -> None:
+        self.ends(connection, "departed")
+
+
+CONDUCT = st.one_of(
+    st.just(("nothing", "")),
+    st.tuples(
+        st.sampled_from(["buildProtocol", "connectionMade", "dataReceived", "connectionLost"]),
+        st.sampled_from(["close", "abort", "fail"]),
+    ),
+)
+ROOM = st.one_of(st.none(), st.integers(0, 3))
+
+
+class EveryOrder(RuleBasedStateMachine):
+    """
+    Clients, a server, and somebody who changes the settings.
+    """
+
+    @initialize(most=ROOM, waiting=ROOM, timeout=st.one_of(st.none(), st.integers(1, 5)))
+    def start(self, most: int | None, waiting: int | None, timeout: int | None) -> None:
+        self.clock = Clock()
+        self.endings = Endings()
+        self.limiter = Limiter(
+            most, max_waiting=waiting, wait_timeout=timeout, clock=self.clock, observers=[self.endings]
+        )
+        self.server = UnrulyFactory()
+        self.factories = [LimitingFactory(self.server, self.limiter) for _ in range(2)]
+        self.clients: list[FakeConnection] = []
+        self.sent: dict[FakeConnection, bytes] = {}
+
+    @rule(conduct=CONDUCT, at_once=st.booleans(), which=st.integers(0, 1))
+    def connect(self, conduct: tuple[str, str], at_once: bool, which: int) -> None:
+        client = FakeConnection(self.clock, number=len(self.clients), at_once=at_once)
+        self.server.conduct[client.address.port] = conduct
+        self.sent[client] = b""
+        self.clients.append(client)
+        try:
+            client.connect(self.factories[which])
+        except ApplicationError:
+            assert conduct == ("connectionMade", "fail")
+
+    def pick(self, number: int) -> FakeConnection:
+        return self.clients[number % len(self.clients)]
+
+    @precondition(lambda self: self.clients)
+    @rule(number=st.integers(0, 20), data=st.binary(min_size=1, max_size=3))
+    def client_sends(self, number: int, data: bytes) -> None:
+        client = self.pick(number)
+        if not client.has_ended:
+            self.sent[client] += data
+            client.send(data)
+
+    @precondition(lambda self: self.clients)
+    @rule(number=st.integers(0, 20))
+    def transport_delivers_although_paused(self, number: int) -> None:
+        client = self.pick(number)
+        if client.closed or client.reading or client.disconnecting or client.has_ended:
+            return
+        if not client.sends:
+            self.sent[client] += b"kept"
+            client.deliver_although_paused(b"kept")
+
+    @precondition(lambda self: self.clients)
+    @rule(number=st.integers(0, 20), how=st.sampled_from(["close", "reset"]))
+    def client_ends(self, number: int, how: str) -> None:
+        getattr(self.pick(number), how)()
+
+    @precondition(lambda self: self.clients)
+    @rule(number=st.integers(0, 20), how=st.sampled_from(["loseConnection", "abortConnection"]))
+    def server_ends(self, number: int, how: str) -> None:
+        client = self.pick(number)
+        if client.protocol is not None:
+            getattr(client, how)()
+
+    @precondition(lambda self: self.clients)
+    @rule(number=st.integers(0, 20))
+    def end_is_told_twice(self, number: int) -> None:
+        client = self.pick(number)
+        if client.lost is not None and client.address.port in self.endings.endings:
+            client.protocol.factory.limiter.finish(client.protocol)
+            client.protocol.factory.limiter.depart(client.protocol)
+
+    @rule(most=ROOM)
+    def change_the_limit(self, most: int | None) -> None:
+        self.limiter.max_connections = most
+
+    @rule(waiting=ROOM, timeout=st.one_of(st.none(), st.integers(1, 5)))
+    def change_the_line(self, waiting: int | None, timeout: int | None) -> None:
+        self.limiter.reconfigure(max_waiting=waiting, wait_timeout=timeout)
+
+    @rule(seconds=st.integers(0, 3))
+    def time_passes(self, seconds: int) -> None:
+        self.clock.advance(seconds)
+
+    @precondition(lambda self: not self.limiter.waiting)
+    @rule()
+    def a_port_stops_and_starts(self) -> None:
+        self.factories[0].doStart()
+        self.factories[0].doStop()
+
+    @invariant()
+    def no_more_than_the_limit_are_active_unless_it_was_cut(self) -> None:
+        if not hasattr(self, "limiter"):
+            return
+        most = self.limiter.max_connections
+        # A cut ends nobody: what is active shrinks towards the limit, and never grows past it.
+        if most is not None and hasattr(self, "before"):
+            assert self.limiter.active <= max(most, self.before)
+        self.before = self.limiter.active
+        assert len(self.server.live) <= self.limiter.active
+
+    @invariant()
+    def no_slot_is_free_while_somebody_waits(self) -> None:
+        if hasattr(self, "limiter") and self.limiter.waiting:
+            assert self.limiter.max_connections is not None
+            assert self.limiter.active >= self.limiter.max_connections
+
+    @invariant()
+    def nobody_overtakes_the_line(self) -> None:
+        assert not hasattr(self, "limiter") or self.endings.overtakers == []
+
+    @invariant()
+    def every_connection_is_somewhere_and_ends_once(self) -> None:
+        if not hasattr(self, "limiter"):
+            return
+        snapshot = self.limiter.snapshot()
+        assert all(len(ways) == 1 for ways in self.endings.endings.values())
+        assert snapshot.accepted == len(self.clients)
+        assert len(self.endings.endings) + snapshot.active + snapshot.waiting == snapshot.accepted
+        assert snapshot.served == len(self.endings.served_ones)
+
+    @invariant()
+    def what_is_delivered_is_a_beginning_of_what_was_sent(self) -> None:
+        for client in getattr(self, "clients", ()):
+            assert self.sent[client].startswith(client.received)
+
+    def teardown(self) -> None:
+        if not hasattr(self, "limiter"):
+            return
+        self.limiter.reconfigure(max_connections=None, max_waiting=None, wait_timeout=None)
+        self.clock.advance(0)
+        self.clock.advance(0)
+        for client in self.clients:
+            well_behaved = self.server.conduct[client.address.port] == ("nothing", "")
+            if well_behaved and not client.closed and not client.disconnecting and not client.has_ended:
+                assert client.received == self.sent[client]
+            client.close()
+        for _ in range(3):
+            self.clock.advance(0)
+        assert (self.limiter.active, self.limiter.waiting) == (0, 0)
+        assert len(self.endings.endings) == len(self.clients)
+        assert not self.clock.getDelayedCalls()
+
+
+EveryOrder.TestCase.settings = settings(max_examples=300, stateful_step_count=40, deadline=None)
+TestEveryOrder = EveryOrder.TestCase
