@@ -151,7 +151,8 @@ class FakeConnection:
     def resumeProducing(self) -> None:
         if not self.disconnecting and not self.closed:
             self.reading = True
-            self._turn(self._deliver)
+            if self.sends or self.has_ended:
+                self._turn(self._deliver)
 
     def stopProducing(self) -> None:
         self.loseConnection()

@@ -153,6 +153,12 @@ async def test_what_is_left_after_the_drain_timeout_is_aborted() -> None:
         assert limiter.active == 0
 
 
+@pytest.mark.parametrize("wrong", [-1, float("inf"), float("nan")])
+def test_a_wrong_drain_timeout_is_refused(wrong: float) -> None:
+    with pytest.raises(ValueError, match="drain_timeout must be a number of seconds"):
+        LimitedService(tcp(), RecordingFactory(), Limiter(), drain_timeout=wrong)
+
+
 def test_a_service_has_a_place_in_an_application() -> None:
     application = Application("limited")
     service = LimitedService(tcp(), RecordingFactory(), Limiter())

@@ -315,10 +315,10 @@ class Limiter:
         """
         if connection not in self._line:
             return
-        arrived = self._line.remove(connection)
+        waited = self._leave_line(connection)
         self._departed += 1
         if self._observers:
-            self._tell("departed", connection, self.clock.seconds() - arrived)
+            self._tell("departed", connection, waited)
         self._serve_waiting()
 
     def finish(self, connection: IConnection) -> None:
@@ -333,7 +333,8 @@ class Limiter:
         self._release(connection)
         if self._observers:
             self._tell("finished", connection)
-        self._serve_waiting()
+        if self._line:
+            self._serve_waiting()
 
     def refuse_waiting(self, connections: Iterable[IConnection]) -> None:
         """
@@ -342,7 +343,7 @@ class Limiter:
         # All leave the line before the first is told, lest the end of one bring another's turn.
         waiting = [each for each in connections if each in self._line]
         for connection in waiting:
-            self._line.remove(connection)
+            self._leave_line(connection)
         for connection in waiting:
             self._refuse(connection, DRAINING)
         self._serve_waiting()
@@ -380,7 +381,7 @@ class Limiter:
                 connection = self._line.next()
                 if not self._try_acquire(connection):
                     break
-                waited = self.clock.seconds() - self._line.remove(connection)
+                waited = self._leave_line(connection)
                 self._waits += 1
                 self._wait_seconds += waited
                 self._active.add(connection)
@@ -389,8 +390,17 @@ class Limiter:
                 connection.serve()
         finally:
             self._serving = False
+
+    def _leave_line(self, connection: IConnection) -> float:
+        """
+        Take a waiting connection out of the line.
+
+        :return: how many seconds it has waited.
+        """
+        waited = self.clock.seconds() - self._line.remove(connection)
         if not self._line:
             self._stop_timer()
+        return waited
 
     def _refuse(self, connection: IConnection, reason: str) -> None:
         self._count_refused(connection, reason)
@@ -426,7 +436,7 @@ class Limiter:
             connection, arrived = self._line.oldest()
             if arrived + timeout > now:
                 break
-            self._line.remove(connection)
+            self._leave_line(connection)
             self._refuse(connection, TIMEOUT)
         self._start_timer()
         self._serve_waiting()

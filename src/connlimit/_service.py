@@ -4,6 +4,7 @@ Listening behind a limiter: as an endpoint, and as a service that drains when it
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import attrs
@@ -61,7 +62,12 @@ class LimitedService(StreamServerEndpointService):
         :param limiter: says how many at once.
         :param drain_timeout: seconds that active connections may take when the service is stopped;
             None does not wait for them, and leaves them open, as Twisted does.
+        :raises ValueError: for a wrong *drain_timeout*.
         """
+        if drain_timeout is not None and not 0 <= drain_timeout < math.inf:
+            raise ValueError(
+                f"drain_timeout must be a number of seconds, 0 or more, or None, not {drain_timeout!r}"
+            )
         super().__init__(endpoint, LimitingFactory(factory, limiter))
         self.drain_timeout = drain_timeout
 
