@@ -149,16 +149,6 @@ def failing(*arguments: str, cwd: Path | None = None) -> str:
     return done.stderr.strip()
 
 
-def talk(port: int, data: bytes = b"", host: str = "127.0.0.1") -> bytes:
-    """
-    Send the data to a TCP port, close that direction, and return all that comes back.
-    """
-    with socket.create_connection((host, port), PATIENCE) as client:
-        client.sendall(data)
-        client.shutdown(socket.SHUT_WR)
-        return read_all(client)
-
-
 def read_all(client: socket.socket) -> bytes:
     """
     Everything that a socket delivers until its end.

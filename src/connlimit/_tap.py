@@ -62,7 +62,8 @@ class Options(usage.Options):
         "limits, with options of its own. With nothing to limit, a slow web page shows how it works."
     )
     optParameters = [
-        [name.replace("_", "-"), None, None, field.metadata["help"]] for name, field in FIELDS.items()
+        [name.replace("_", "-"), None, None, f"{field.metadata['help']} [{field.metadata['unit'] or 'text'}]"]
+        for name, field in FIELDS.items()
     ] + [
         ["forward", None, None, "relay to the server at this client endpoint, such as tcp:localhost:9000"],
         ["factory", None, None, "serve with this factory, or what this callable returns, as MODULE:NAME"],
@@ -267,7 +268,7 @@ class _LimitedProgram(MultiService):
     def _or_exit(self, start: Callable[[], None]) -> None:
         try:
             start()
-        except CannotListenError as error:
+        except (CannotListenError, OSError) as error:
             raise CannotStart(f"connlimit: {error}") from None
 
 

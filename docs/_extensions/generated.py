@@ -1,0 +1,49 @@
+"""
+Directives whose text comes from the program itself, so that it cannot drift from it.
+"""
+
+from __future__ import annotations
+
+from docutils import nodes
+from sphinx.application import Sphinx
+from sphinx.util.docutils import SphinxDirective
+
+from connlimit._settings import FIELDS
+from connlimit._tap import Options
+
+
+class SettingsDirective(SphinxDirective):
+    """
+    The table of a limiter's settings.
+    """
+
+    def run(self) -> list[nodes.Node]:
+        lines = [".. list-table::", "   :header-rows: 1", "   :widths: 20 12 12 56", ""]
+        rows = [("Setting", "Unit", "Default", "Means")]
+        for name, field in FIELDS.items():
+            rows.append(
+                (f"``{name}``", field.metadata["unit"] or "text", f"``{field.default}``", field.metadata["help"])
+            )
+        for row in rows:
+            for index, cell in enumerate(row):
+                lines.append(f"   {'*' if index == 0 else ' '} - {cell}")
+        return self.parse_text_to_nodes("\n".join(lines))
+
+
+class OptionsDirective(SphinxDirective):
+    """
+    What ``twistd connlimit --help`` says before it lists the plugins.
+    """
+
+    def run(self) -> list[nodes.Node]:
+        usage = Options().getUsage(80).split("Commands:")[0].rstrip()
+        return [nodes.literal_block(usage, usage, language="text")]
+
+
+def setup(app: Sphinx) -> dict[str, bool]:
+    """
+    Register the directives.
+    """
+    app.add_directive("limiter-settings", SettingsDirective)
+    app.add_directive("command-line-options", OptionsDirective)
+    return {"parallel_read_safe": True}

@@ -1,0 +1,492 @@
+"""
+The command line: real processes and real clients.
+"""
+
+from __future__ import annotations
+
+import ftplib
+import os
+import resource
+import selectors
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import pytest
+from fakes import RecordingFactory
+from support import (
+    PATIENCE,
+    Program,
+    failing,
+    read_all,
+    require_program,
+    running,
+    twistd_command,
+)
+from twisted.application.internet import SSLServer, StreamServerEndpointService, TCPServer, UNIXServer
+from twisted.application.service import IServiceMaker, MultiService, Service
+from twisted.plugin import getPlugins
+
+from connlimit import Limiter, LimitingFactory
+from connlimit._tap import CannotStart, Options, limit_service, makeService
+
+LOCAL = "tcp:0:interface=127.0.0.1"
+EXAMPLES = Path(__file__).parent.parent / "docs" / "examples"
+
+ECHO = """
+from twisted.internet.protocol import Factory, Protocol
+
+class Echo(Protocol):
+    def dataReceived(self, data):
+        self.transport.write(data)
+
+class EchoFactory(Factory):
+    protocol = Echo
+
+factory = EchoFactory()
+
+def make():
+    return EchoFactory()
+
+def fail():
+    raise RuntimeError("not today")
+
+nothing = 5
+"""
+
+
+@pytest.fixture
+def echo(tmp_path: Path) -> Path:
+    """
+    A folder with a module that has a factory.
+    """
+    (tmp_path / "echo_server.py").write_text(ECHO)
+    return tmp_path
+
+
+@contextmanager
+def client(port: int) -> Iterator[socket.socket]:
+    with socket.create_connection(("127.0.0.1", port), PATIENCE) as connected:
+        yield connected
+
+
+def echoed(port: int) -> bytes:
+    """
+    What an echo server makes of a greeting.
+    """
+    with client(port) as connection:
+        connection.sendall(b"hello")
+        return connection.recv(100)
+
+
+def says_nothing(connection: socket.socket) -> bool:
+    """
+    Whether nothing comes for a moment: neither data nor the end.
+    """
+    connection.settimeout(0.3)
+    try:
+        connection.recv(1)
+    except TimeoutError:
+        return True
+    finally:
+        connection.settimeout(PATIENCE)
+    return False
+
+
+def curl(url: str, *options: str) -> str:
+    """
+    What curl gets from the URL.
+    """
+    command = [require_program("curl"), "--silent", "--show-error", "--max-time", str(int(PATIENCE))]
+    return subprocess.run([*command, *options, url], capture_output=True, text=True, check=True).stdout
+
+
+# What is limited
+
+
+def test_a_server_behind_a_relay_gets_as_many_clients_as_the_limit_says(tmp_path: Path) -> None:
+    (tmp_path / "page.txt").write_text("the page")
+    with ExitStack() as stack:
+        backend = stack.enter_context(running("web", "--listen", LOCAL, "--path", str(tmp_path)))
+        forward = f"tcp:127.0.0.1:{backend.port()}"
+        limit = ["--max-connections", "1"]
+        relay = stack.enter_context(running("connlimit", "--listen", LOCAL, "--forward", forward, *limit))
+        url = f"http://127.0.0.1:{relay.port()}/page.txt"
+        assert curl(url) == "the page"
+        with client(relay.port()) as first, client(relay.port()) as second:
+            first.sendall(b"GET /page.txt HTTP/1.1\r\nhost: x\r\n\r\n")
+            assert b"200 OK" in first.recv(1000)
+            second.sendall(b"GET /page.txt HTTP/1.0\r\n\r\n")
+            assert says_nothing(second)
+            first.close()
+            assert read_all(second).endswith(b"the page")
+        assert curl(url) == "the page"
+        assert relay.terminate() == 0
+
+
+@pytest.mark.parametrize("name", ["factory", "make", "EchoFactory"])
+def test_a_factory_is_found_where_the_user_stands(echo: Path, name: str) -> None:
+    arguments = ["--listen", LOCAL, "--factory", f"echo_server:{name}", "--max-connections", "1"]
+    with running("connlimit", *arguments, cwd=echo) as program:
+        with client(program.port()) as first, client(program.port()) as second:
+            second.sendall(b"second")
+            assert says_nothing(second)
+            first.close()
+            assert second.recv(100) == b"second"
+        assert program.terminate() == 0
+
+
+def test_several_ports_share_one_limit(echo: Path) -> None:
+    listen = ["--listen", LOCAL, "--listen", LOCAL]
+    with running(
+        *("connlimit", *listen, "--factory", "echo_server:factory", "--max-connections", "1"), cwd=echo
+    ) as program:
+        match = program.wait_for(r"(?s)starting on (\d+).*starting on (\d+)")
+        with client(int(match[1])) as first, client(int(match[2])) as second:
+            first.sendall(b"first")
+            assert first.recv(100) == b"first"
+            second.sendall(b"second")
+            assert says_nothing(second)
+            first.close()
+            assert second.recv(100) == b"second"
+
+
+def test_the_web_plugin_is_limited(tmp_path: Path) -> None:
+    (tmp_path / "page.txt").write_text("the page")
+    with running(
+        *("connlimit", "--max-connections", "1", "web", "--listen", LOCAL, "--path", str(tmp_path))
+    ) as program:
+        url = f"http://127.0.0.1:{program.port()}/page.txt"
+        with client(program.port()) as blocker:
+            blocker.sendall(b"GET /page.txt HTTP/1.1\r\nhost: x\r\n\r\n")
+            assert b"200 OK" in blocker.recv(1000)
+            with client(program.port()) as waiting:
+                waiting.sendall(b"GET /page.txt HTTP/1.0\r\n\r\n")
+                assert says_nothing(waiting)
+                blocker.close()
+                assert read_all(waiting).endswith(b"the page")
+        assert curl(url) == "the page"
+        assert program.terminate() == 0
+
+
+def test_the_ftp_plugin_is_limited(tmp_path: Path) -> None:
+    (tmp_path / "file.txt").write_text("the file")
+    ftp = ["ftp", "--port", "0", "--root", str(tmp_path)]
+    with running("connlimit", "--max-connections", "1", *ftp) as program:
+        with ftplib.FTP(timeout=PATIENCE) as session:
+            session.connect("127.0.0.1", program.port())
+            session.login()
+            lines: list[str] = []
+            session.retrlines("RETR file.txt", lines.append)
+            assert lines == ["the file"]
+            with client(program.port()) as second:
+                assert says_nothing(second)
+                session.quit()
+                assert second.recv(100).startswith(b"220")
+        assert program.terminate() == 0
+
+
+def test_the_words_plugin_is_limited() -> None:
+    with running(
+        *("connlimit", "--max-connections", "1", "words", "--irc-port", LOCAL, "--pb-port", LOCAL),
+        *("--auth", "memory:somebody:secret"),
+    ) as program:
+        port = int(program.wait_for(r"IRCFactory starting on (\d+)")[1])
+
+        def register(connection: socket.socket) -> None:
+            connection.sendall(b"NICK somebody\r\n")
+
+        with client(port) as first, client(port) as second:
+            register(first)
+            assert b"Password?" in first.recv(10000)
+            register(second)
+            assert says_nothing(second)
+            first.close()
+            assert b"Password?" in second.recv(10000)
+        assert program.terminate() == 0
+
+
+def test_with_nothing_to_limit_a_slow_page_shows_how_it_works() -> None:
+    with running("connlimit", "--listen", LOCAL) as program:
+        program.wait_for(r"2 served at once")
+        program.wait_for(r"look at ")
+        program.wait_for(r"try .*curl")
+        url = f"http://127.0.0.1:{program.port()}/"
+        command = [require_program("curl"), "-s", "-w", "%{time_total}", url]
+        clients = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(4)]
+        answers = [process.communicate(timeout=PATIENCE)[0] for process in clients]
+        pages, times = zip(*(answer.rsplit("\n", 1) for answer in answers), strict=True)
+        assert all("It was your turn" in page for page in pages)
+        assert [round(float(seconds) / 2) for seconds in sorted(times, key=float)] == [1, 1, 2, 2]
+        assert program.terminate() == 0
+
+
+def test_an_endpoint_string_limits_a_program_that_has_never_heard_of_it(tmp_path: Path) -> None:
+    (tmp_path / "page.txt").write_text("the page")
+    endings = []
+    for where in (f"connlimit:{LOCAL}:max_connections=1", LOCAL):
+        with running("web", "--listen", where, "--path", str(tmp_path)) as program:
+            with client(program.port()) as blocker:
+                blocker.sendall(b"GET /page.txt HTTP/1.1\r\nhost: x\r\n\r\n")
+                assert b"200 OK" in blocker.recv(1000)
+                with client(program.port()) as other:
+                    other.sendall(b"GET /page.txt HTTP/1.0\r\n\r\n")
+                    assert says_nothing(other) == where.startswith("connlimit:")
+                    blocker.close()
+            assert curl(f"http://127.0.0.1:{program.port()}/page.txt") == "the page"
+            endings.append(program.terminate())
+    # How the process ends is the program's own affair: Twisted's own dies of the signal, limited or not.
+    assert endings == [-signal.SIGTERM, -signal.SIGTERM]
+
+
+def test_the_tac_example_runs(tmp_path: Path) -> None:
+    tac = tmp_path / "limited.tac"
+    tac.write_text((EXAMPLES / "limited.tac").read_text().replace("tcp:8007", "tcp:0"))
+    with running("-y", str(tac)) as program:
+        assert echoed(program.port()) == b"hello"
+        program.terminate()
+        assert "Traceback" not in program.output
+
+
+# Starting and stopping
+
+
+def test_a_thousand_clients_that_connect_in_the_same_instant_all_get_through_at_once(echo: Path) -> None:
+    somaxconn = int(Path("/proc/sys/net/core/somaxconn").read_text())
+    if somaxconn < 1000:
+        pytest.skip(f"the kernel holds {somaxconn} connections only")
+    with (
+        running(
+            *("connlimit", "--listen", LOCAL, "--factory", "echo_server:factory", "--max-connections", "10"),
+            cwd=echo,
+        ) as program,
+        selectors.DefaultSelector() as selector,
+        ExitStack() as stack,
+    ):
+        address = ("127.0.0.1", program.port())
+        program.process.send_signal(signal.SIGSTOP)
+        began = time.monotonic()
+        for _ in range(1000):
+            connection = stack.enter_context(socket.socket())
+            connection.setblocking(False)
+            connection.connect_ex(address)
+            selector.register(connection, selectors.EVENT_WRITE)
+        connecting = set(selector.get_map())
+        while connecting:
+            for key, _ in selector.select(PATIENCE):
+                connecting.discard(key.fd)
+                selector.modify(key.fileobj, selectors.EVENT_READ)
+                key.fileobj.send(b"hello")
+        # A lost SYN is sent again after a second.
+        assert time.monotonic() - began < 0.9
+        program.process.send_signal(signal.SIGCONT)
+        served = 0
+        while served < 1000:
+            ready = selector.select(PATIENCE)
+            assert ready
+            for key, _ in ready:
+                assert key.fileobj.recv(100) == b"hello"
+                selector.unregister(key.fileobj)
+                key.fileobj.close()
+                served += 1
+
+
+def test_the_backlog_is_the_kernels_unless_it_is_given(echo: Path) -> None:
+    ss = require_program("ss")
+    somaxconn = Path("/proc/sys/net/core/somaxconn").read_text().strip()
+    for where, expected in ((LOCAL, somaxconn), (f"{LOCAL}:backlog=7", "7")):
+        with running("connlimit", "--listen", where, "--factory", "echo_server:factory", cwd=echo) as program:
+            listed = subprocess.run(
+                [ss, "-Hltn", f"sport = :{program.port()}"], capture_output=True, text=True, check=True
+            ).stdout
+            assert listed.split()[2] == expected
+
+
+def test_the_descriptor_limit_is_raised_and_the_budget_logged(echo: Path) -> None:
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    command = twistd_command("connlimit", "--listen", LOCAL, "--factory", "echo_server:factory")
+    command += ["--max-connections", "5", "--max-waiting", "7", "--name", "echoes"]
+    process = subprocess.Popen(
+        ["sh", "-c", 'ulimit -Sn 200; exec "$@"', "sh", *command],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=echo,
+    )
+    try:
+        program = Program(process)
+        program.wait_for(rf"echoes: {hard} descriptors, .* 5 served at once, room for 7 in the line")
+        limits = Path(f"/proc/{process.pid}/limits").read_text()
+        assert f"Max open files            {hard}" in limits
+        assert program.terminate() == 0
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+
+
+def test_a_daemon_starts_serves_and_ends(echo: Path, tmp_path: Path) -> None:
+    log, pid = tmp_path / "log", tmp_path / "pid"
+    twistd = twistd_command()[0]
+    command = [twistd, "--pidfile", str(pid), "--logfile", str(log), "connlimit"]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    arguments = ["--listen", f"tcp:{port}:interface=127.0.0.1", "--factory", "echo_server:factory"]
+    subprocess.run([*command, *arguments], cwd=echo, check=True, timeout=PATIENCE)
+    number = int(pid.read_text())
+    try:
+        assert echoed(port) == b"hello"
+
+        again = [twistd, "--pidfile", f"{pid}.2", "--logfile", f"{log}.2", "connlimit", *arguments]
+        done = subprocess.run(again, cwd=echo, capture_output=True, text=True, timeout=PATIENCE)
+        assert done.returncode == 1
+        assert "Traceback" not in done.stdout + done.stderr
+        assert not Path(f"{pid}.2").exists()
+    finally:
+        os.kill(number, signal.SIGTERM)
+    deadline = time.monotonic() + 5
+    while pid.exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+# What cannot start
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--max-connections", "many"], ["--max-connections", "whole number", "'many'"]),
+        (["--max-connections", "-1"], ["--max-connections", "'-1'"]),
+        (["--max-waiting", "1.5"], ["--max-waiting", "'1.5'"]),
+        (["--wait-timeout", "0"], ["--wait-timeout", "seconds above 0", "'0'"]),
+        (["--wait-timeout", "soon"], ["--wait-timeout", "'soon'"]),
+        (["--wait-timeout", "nan"], ["--wait-timeout", "'nan'"]),
+        (["--name", ""], ["--name", "''"]),
+        (["--max-conections", "5"], ["--max-conections"]),
+        (["nonsense"], ["nonsense"]),
+        (["--forward", "tcp:localhost:1"], ["--forward", "--listen"]),
+        (["--factory", "a:b"], ["--factory", "--listen"]),
+        (["--listen", LOCAL, "--forward", "tcp:localhost:1", "--factory", "a:b"], ["--forward", "--factory"]),
+        (["--listen", LOCAL, "web"], ["--listen", "web"]),
+        (["--forward", "tcp:localhost:1", "web"], ["--forward", "web"]),
+        (["--listen", "tcp:port", "--forward", "tcp:localhost:1"], ["--listen", "'tcp:port'"]),
+        (["--listen", "tpc:80", "--forward", "tcp:localhost:1"], ["--listen", "'tpc:80'"]),
+        (["--listen", "ssl:0:privateKey=/nowhere", "--forward", "tcp:localhost:1"], ["--listen", "/nowhere"]),
+        (["--listen", LOCAL, "--forward", "tcp"], ["--forward", "'tcp'"]),
+        (["--listen", LOCAL, "--forward", "nonsense:1"], ["--forward", "'nonsense:1'"]),
+        (["--listen", LOCAL, "--factory", "echo_server"], ["--factory", "MODULE:NAME", "'echo_server'"]),
+        (["--listen", LOCAL, "--factory", "no_such_module:x"], ["--factory", "no_such_module"]),
+        (["--listen", LOCAL, "--factory", "echo_server:absent"], ["--factory", "absent"]),
+        (["--listen", LOCAL, "--factory", "echo_server:fail"], ["--factory", "not today"]),
+        (["--listen", LOCAL, "--factory", "echo_server:nothing"], ["--factory", "5"]),
+        (["web", "--listen", "connlimit:tcp:0:max_connections=x"], ["web", "max_connections", "'x'"]),
+        (["web", "--listen", "tcp:0:nonsense=5"], ["web", "nonsense"]),
+        (["web", "--nonsense"], ["nonsense"]),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_a_wrong_command_line_gets_one_sentence(echo: Path, arguments: list[str], words: list[str]) -> None:
+    sentence = failing("connlimit", *arguments, cwd=echo)
+    assert sentence.startswith("connlimit: ")
+    for word in words:
+        assert word in sentence
+
+
+def test_a_port_in_use_gets_one_sentence_and_nothing_is_started(echo: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        where = f"tcp:{port}:interface=127.0.0.1"
+        for arguments in (
+            ["--listen", LOCAL, "--listen", where, "--factory", "echo_server:make"],
+            ["web", "--listen", where],
+        ):
+            sentence = failing_to_listen(echo, *arguments)
+            assert f"127.0.0.1:{port}" in sentence
+            assert "in use" in sentence
+
+
+def test_a_path_that_cannot_be_listened_at_gets_one_sentence(echo: Path) -> None:
+    arguments = ["--listen", "unix:/no/such/folder/socket", "--factory", "echo_server:make"]
+    assert "/no/such/folder/socket" in failing_to_listen(echo, *arguments)
+
+
+def failing_to_listen(folder: Path, *arguments: str) -> str:
+    """
+    The sentence of a program that could not listen; the log has begun by then, and is where it stands.
+    """
+    with running("connlimit", *arguments, cwd=folder) as program:
+        assert program.process.wait(PATIENCE) == 1
+        sentence = program.wait_for(r"connlimit: .*")[0]
+        assert "Traceback" not in program.output
+        return sentence
+
+
+class ServiceMakers:
+    """
+    Makes a service, in the place of a plugin.
+    """
+
+    tapname = "stand-in"
+    description = "for a test"
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+
+    def options(self) -> Options:
+        from twisted.python.usage import Options
+
+        return Options()
+
+    def makeService(self, options: object) -> Service:
+        return self._service
+
+
+def with_plugin(monkeypatch: pytest.MonkeyPatch, service: Service) -> MultiService:
+    """
+    What the command line makes of a plugin that makes this service.
+    """
+    plugins = [*getPlugins(IServiceMaker), ServiceMakers(service)]
+    monkeypatch.setattr("connlimit._tap.getPlugins", lambda interface: plugins)
+    options = Options()
+    options.parseOptions(["--max-connections", "3", "stand-in"])
+    return makeService(options)
+
+
+def test_a_plugin_with_nothing_that_listens_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(CannotStart, match="stand-in has no service that listens"):
+        with_plugin(monkeypatch, MultiService())
+
+
+def test_every_listening_factory_of_a_plugin_is_limited_by_the_same_limiter(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    outer, inner = MultiService(), MultiService()
+    inner.setServiceParent(outer)
+    factories = [RecordingFactory() for _ in range(5)]
+    endpoint = StreamServerEndpointService(None, factories[0])
+    tcp = TCPServer(0, factories[1], 7, interface="127.0.0.1")
+    ssl = SSLServer(0, factories[2], None)
+    unix = UNIXServer("/x", factory=factories[3])
+    other = Service()
+    for service in (endpoint, tcp, ssl):
+        service.setServiceParent(inner)
+    for service in (unix, other):
+        service.setServiceParent(outer)
+    with_plugin(monkeypatch, outer)
+    limited = [endpoint.factory, tcp.args[1], ssl.args[1], unix.kwargs["factory"]]
+    assert [factory.wrappedFactory for factory in limited] == factories[:4]
+    assert len({factory.limiter for factory in limited}) == 1
+    assert limited[0].limiter.max_connections == 3
+    assert (tcp.args[0], tcp.args[2], tcp.kwargs) == (0, 7, {"interface": "127.0.0.1"})
+
+
+def test_a_single_service_is_limited_too() -> None:
+    service = TCPServer(0, RecordingFactory())
+    assert limit_service(service, Limiter(1)) == 1
+    assert isinstance(service.args[1], LimitingFactory)
