@@ -157,6 +157,12 @@ class FakeConnection:
     def stopProducing(self) -> None:
         self.loseConnection()
 
+    def registerProducer(self, producer: object, streaming: bool) -> None:
+        self.producer = producer
+
+    def unregisterProducer(self) -> None:
+        self.producer = None
+
     def getPeer(self) -> IPv4Address:
         return self.address
 

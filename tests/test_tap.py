@@ -180,9 +180,9 @@ def test_the_ftp_plugin_is_limited(tmp_path: Path) -> None:
         with ftplib.FTP(timeout=PATIENCE) as session:
             session.connect("127.0.0.1", program.port())
             session.login()
-            lines: list[str] = []
-            session.retrlines("RETR file.txt", lines.append)
-            assert lines == ["the file"]
+            received: list[bytes] = []
+            session.retrbinary("RETR file.txt", received.append)
+            assert b"".join(received) == b"the file"
             with client(program.port()) as second:
                 assert says_nothing(second)
                 session.quit()

@@ -48,8 +48,9 @@ class _SlowPage(Resource):
         now = self._limiter.snapshot()
         most = now.settings.max_connections
         request.setHeader(b"content-type", b"text/html; charset=utf-8")
-        # A connection kept alive would keep its place; the next in line waits for it.
+        # A connection kept alive would keep its slot; the next in line waits for it.
         request.setHeader(b"connection", b"close")
+        channel = request.channel
         page = _PAGE.format(
             seconds=SECONDS,
             active=now.active,
@@ -59,6 +60,7 @@ class _SlowPage(Resource):
         )
         request.write(page.encode())
         request.finish()
+        channel.loseConnection()
 
 
 def site(limiter: Limiter, clock: IReactorTime) -> Site:

@@ -54,9 +54,15 @@ def _describe(positional: Sequence[object], keywords: Mapping[str, str]) -> str:
     Put an endpoint string together again.
     """
     return ":".join(
-        [quoteStringArgument(str(argument)) for argument in positional]
-        + [f"{quoteStringArgument(key)}={quoteStringArgument(value)}" for key, value in keywords.items()]
+        [_quote(str(argument)) for argument in positional]
+        + [f"{_quote(key)}={_quote(value)}" for key, value in keywords.items()]
     )
+
+
+def _quote(argument: str) -> str:
+    # quoteStringArgument alone would let "=" turn an argument into a keyword.
+    quoted: str = quoteStringArgument(argument)
+    return quoted.replace("=", r"\=")
 
 
 def _limiter(name: str | None, values: Mapping[str, Any]) -> Limiter:

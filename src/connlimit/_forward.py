@@ -95,7 +95,8 @@ class _End(Protocol):
         other, self.other = self.other, None
         if other is not None:
             other.other = None
-            other.transport.unregisterProducer()
+            if not self.said_all:
+                other.transport.unregisterProducer()
             other.transport.loseConnection()
 
 

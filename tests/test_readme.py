@@ -1,0 +1,63 @@
+"""
+What the README shows is what there is.
+"""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+from support import PATIENCE
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.rst").read_text()
+
+
+@pytest.mark.parametrize("name", ["limited_echo.py", "limited.tac"])
+def test_its_examples_are_the_files_that_the_tests_run(name: str) -> None:
+    example = (ROOT / "docs" / "examples" / name).read_text().rstrip("\n")
+    assert textwrap.indent(example, "   ", lambda line: bool(line.strip())) in README
+
+
+def test_two_commands_do_everything() -> None:
+    commands = [line.strip() for line in README.splitlines() if line.strip().startswith("$ ")]
+    assert len(commands) == 2
+    assert commands[0].endswith("twistd -n connlimit")
+    assert commands[1].endswith("pytest")
+
+
+def test_every_setting_is_in_its_table() -> None:
+    from connlimit._settings import FIELDS
+
+    for name in FIELDS:
+        assert f"\n``{name}``" in README
+
+
+def test_the_example_in_code_runs() -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-u", str(ROOT / "docs/examples/limited_echo.py"), "tcp:0:interface=127.0.0.1"],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        line = process.stdout.readline()
+        while "starting on" not in line:
+            assert line
+            line = process.stdout.readline()
+        address = ("127.0.0.1", int(line.split()[-1]))
+        connections = [socket.create_connection(address, PATIENCE) for _ in range(3)]
+        for connection in connections:
+            connection.sendall(b"hello")
+        assert [connection.recv(10) for connection in connections[:2]] == [b"hello", b"hello"]
+        connections[0].close()
+        assert connections[2].recv(10) == b"hello"
+        for connection in connections[1:]:
+            connection.close()
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
