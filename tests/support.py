@@ -9,6 +9,7 @@ import re
 import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import sysconfig
 import threading
@@ -108,12 +109,17 @@ def twistd_command(*arguments: str) -> list[str]:
 
 
 @contextmanager
-def running(*arguments: str, cwd: Path | None = None) -> Iterator[Program]:
+def running(*arguments: str, cwd: Path | None = None, ulimit: str = "") -> Iterator[Program]:
     """
     Run ``twistd`` with the arguments as long as the context lasts.
+
+    :param ulimit: arguments for the shell's ``ulimit``, to run it under.
     """
+    command = twistd_command(*arguments)
+    if ulimit:
+        command = ["sh", "-c", f'ulimit {ulimit}; exec "$@"', "sh", *command]
     process = subprocess.Popen(
-        twistd_command(*arguments),
+        command,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -157,3 +163,19 @@ def read_all(client: socket.socket) -> bytes:
     while chunk := client.recv(65536):
         chunks.append(chunk)
     return b"".join(chunks)
+
+
+def talk_tls(port: int, certificate: Path, data: bytes) -> bytes:
+    """
+    What a TLS client of Python's own receives for the data; blocks.
+    """
+    context = ssl.create_default_context(cafile=str(certificate))
+    with (
+        socket.create_connection(("127.0.0.1", port), 20) as raw,
+        context.wrap_socket(raw, server_hostname="localhost") as client,
+    ):
+        client.sendall(data)
+        received = b""
+        while len(received) < len(data):
+            received += client.recv(65536)
+        return received

@@ -12,8 +12,10 @@ import pytest
 from fakes import RecordingFactory
 from pytest_twisted import ensureDeferred
 from sockets import connected, patiently, until
+from support import talk_tls
 from twisted.internet import reactor
 from twisted.internet.endpoints import serverFromString
+from twisted.internet.threads import deferToThread
 
 from connlimit import LimitingEndpoint, _endpoint
 
@@ -104,6 +106,27 @@ def test_a_name_is_free_again_when_its_endpoints_are_gone(inner: list[str]) -> N
     del first
     gc.collect()
     assert parse("connlimit:tcp:1:max_connections=2:limiter=passing").limiter.max_connections == 2
+
+
+@pytest.mark.parametrize("kind", ["ssl", "tls"])
+@ensureDeferred
+async def test_it_limits_inside_tls(kind: str, certificate: Path) -> None:
+    pytest.importorskip("OpenSSL")
+    inner = {
+        "ssl": f"ssl:0:privateKey={certificate}:interface=127.0.0.1",
+        "tls": f"tls:{certificate.parent / 'sites'}:0:interface=127.0.0.1",
+    }
+    sites = certificate.parent / "sites"
+    sites.mkdir()
+    (sites / "localhost.pem").write_text(certificate.read_text())
+    endpoint = serverFromString(reactor, f"connlimit:{inner[kind]}:max_connections=1")
+    port = await endpoint.listen(RecordingFactory())
+    number = port.getHost().port
+    talks = [deferToThread(talk_tls, number, certificate, b"secret") for _ in range(5)]
+    for talk in talks:
+        assert await patiently(talk) == b"secret"
+    await until(lambda: endpoint.limiter.snapshot().finished == 5)
+    await patiently(port.stopListening())
 
 
 @pytest.mark.parametrize(

@@ -5,16 +5,14 @@ A limited server and its clients on real sockets.
 from __future__ import annotations
 
 import socket
-import ssl
 import struct
-import subprocess
 from pathlib import Path
 
 import pytest
 from fakes import RecordingFactory
 from pytest_twisted import ensureDeferred
 from sockets import all_connected, connected, listening, patiently, until
-from support import require_program
+from support import talk_tls
 from twisted.internet import reactor
 from twisted.internet.endpoints import TCP4ServerEndpoint, wrapServerTLS
 from twisted.internet.threads import deferToThread
@@ -138,36 +136,6 @@ async def test_a_client_that_reset_its_connection_while_it_waited_ends_at_its_tu
         third.transport.write(b"next")
         await third.receives(b"next")
         assert limiter.snapshot().finished == 2
-
-
-@pytest.fixture
-def certificate(tmp_path: Path) -> Path:
-    """
-    A file with a private key and its certificate for localhost.
-    """
-    file = tmp_path / "server.pem"
-    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
-    command = "req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -subj /CN=localhost"
-    command += f" -addext subjectAltName=DNS:localhost -keyout {key} -out {certificate}"
-    subprocess.run([require_program("openssl"), *command.split()], check=True, capture_output=True)
-    file.write_text(key.read_text() + certificate.read_text())
-    return file
-
-
-def talk_tls(port: int, certificate: Path, data: bytes) -> bytes:
-    """
-    What a TLS client of Python's own receives for the data; blocks.
-    """
-    context = ssl.create_default_context(cafile=str(certificate))
-    with (
-        socket.create_connection(("127.0.0.1", port), 20) as raw,
-        context.wrap_socket(raw, server_hostname="localhost") as client,
-    ):
-        client.sendall(data)
-        received = b""
-        while len(received) < len(data):
-            received += client.recv(65536)
-        return received
 
 
 @pytest.mark.parametrize("place", ["inside TLS", "next to TCP"])

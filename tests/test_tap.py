@@ -20,7 +20,6 @@ import pytest
 from fakes import RecordingFactory
 from support import (
     PATIENCE,
-    Program,
     failing,
     read_all,
     require_program,
@@ -308,25 +307,31 @@ def test_the_backlog_is_the_kernels_unless_it_is_given(echo: Path) -> None:
 
 def test_the_descriptor_limit_is_raised_and_the_budget_logged(echo: Path) -> None:
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    command = twistd_command("connlimit", "--listen", LOCAL, "--factory", "echo_server:factory")
-    command += ["--max-connections", "5", "--max-waiting", "7", "--name", "echoes"]
-    process = subprocess.Popen(
-        ["sh", "-c", 'ulimit -Sn 200; exec "$@"', "sh", *command],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        cwd=echo,
-    )
-    try:
-        program = Program(process)
+    arguments = ["--listen", LOCAL, "--factory", "echo_server:factory", "--name", "echoes"]
+    limits = ["--max-connections", "5", "--max-waiting", "7"]
+    with running("connlimit", *arguments, *limits, cwd=echo, ulimit="-Sn 200") as program:
         program.wait_for(rf"echoes: {hard} descriptors, .* 5 served at once, room for 7 in the line")
-        limits = Path(f"/proc/{process.pid}/limits").read_text()
-        assert f"Max open files            {hard}" in limits
+        in_force = Path(f"/proc/{program.process.pid}/limits").read_text()
+        assert f"Max open files            {hard}" in in_force
         assert program.terminate() == 0
-    finally:
-        process.kill()
-        process.wait()
-        process.stdout.close()
+
+
+def test_a_crowd_never_takes_the_last_descriptors(echo: Path) -> None:
+    arguments = ["--listen", LOCAL, "--factory", "echo_server:factory", "--max-connections", "2"]
+    with running("connlimit", *arguments, cwd=echo, ulimit="-n 100") as program, ExitStack() as stack:
+        port = program.port()
+        crowd = [stack.enter_context(client(port)) for _ in range(300)]
+        # The last are closed at once: they would wait with a descriptor of the reserve.
+        assert crowd[-1].recv(1) == b""
+        assert 20 < len(list(Path(f"/proc/{program.process.pid}/fd").iterdir())) <= 100 - 32
+        for connection in crowd[:2]:
+            connection.sendall(b"hello")
+            assert connection.recv(100) == b"hello"
+        stack.close()
+        assert echoed(port) == b"hello"
+        assert program.terminate() == 0
+        assert "EMFILE" not in program.output
+        assert "Traceback" not in program.output
 
 
 def test_a_daemon_starts_serves_and_ends(echo: Path, tmp_path: Path) -> None:

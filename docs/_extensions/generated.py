@@ -21,9 +21,8 @@ class SettingsDirective(SphinxDirective):
         lines = [".. list-table::", "   :header-rows: 1", "   :widths: 20 12 12 56", ""]
         rows = [("Setting", "Unit", "Default", "Means")]
         for name, field in FIELDS.items():
-            rows.append(
-                (f"``{name}``", field.metadata["unit"] or "text", f"``{field.default}``", field.metadata["help"])
-            )
+            unit, help = field.metadata["unit"] or "text", field.metadata["help"]
+            rows.append((f"``{name}``", unit, f"``{field.default}``", help))
         for row in rows:
             for index, cell in enumerate(row):
                 lines.append(f"   {'*' if index == 0 else ' '} - {cell}")
