@@ -176,6 +176,6 @@ def talk_tls(port: int, certificate: Path, data: bytes) -> bytes:
     ):
         client.sendall(data)
         received = b""
-        while len(received) < len(data):
-            received += client.recv(65536)
+        while len(received) < len(data) and (chunk := client.recv(65536)):
+            received += chunk
         return received

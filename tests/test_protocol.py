@@ -356,6 +356,14 @@ class ForwardingTests(LimiterTestCase):
         self.assertEqual(connection.logPrefix(), "mail")
         self.assertEqual(self.factory.buildProtocol(None).logPrefix(), "WaitingProtocol")
 
+    def test_the_transport_logs_as_the_real_protocol_after_a_wait(self) -> None:
+        self.limited(0)
+        client = FakeConnection(self.clock)
+        client.logstr = "WaitingProtocol,7,127.0.0.1"
+        client.connect(self.factory)
+        self.limiter.max_connections = 1
+        self.assertEqual(client.logstr, "RecordingProtocol,7,127.0.0.1")
+
     def test_a_protocol_without_a_log_prefix_is_called_by_its_class(self) -> None:
         connection = DelegatingProtocol(None, None)
         connection.wrappedProtocol = 5

@@ -20,13 +20,19 @@ These things can happen, and no others:
     drain           waiting -> over    refused
     depart          waiting -> over    its client went away
     finish          active -> over     its socket is gone; the slot is free
+    reclaim         active -> over     its socket is gone, and nobody told its protocol
 
-``depart`` and ``finish`` in any other state do nothing, so a connection may report its end twice.
+``depart``, ``finish`` and ``reclaim`` in any other state do nothing, so a connection may report its end
+twice.
 
 Whatever may have made room (a release, a departure, a refusal, a raised limit) ends in
 ``_serve_waiting``, which serves the line until there is no room or nobody waits. Serving one
 connection can end it, and others, before ``serve`` returns; such a nested call only returns,
 and the loop that is already running looks again. So nothing recurses, however long the line.
+
+The line holds its connections, since nobody else does: a paused transport is in no reactor. Those that are
+active are held weakly: a transport that the application pauses and forgets is closed by the garbage
+collector, as it would be without us, and its slot is reclaimed.
 """
 
 from __future__ import annotations
@@ -34,11 +40,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
+from weakref import ref
 
 import attrs
 from twisted.internet.defer import Deferred
-from twisted.internet.interfaces import IDelayedCall, IReactorTime
+from twisted.internet.interfaces import IAddress, IDelayedCall, IReactorTime
 from twisted.logger import Logger
+from zope.interface import implementer
 
 from connlimit import _descriptors
 from connlimit._drain import Drain
@@ -47,6 +55,8 @@ from connlimit._settings import Settings, adjustable
 from connlimit.interfaces import IConnection, ILimit, ILimiterObserver
 from connlimit.limits import All, Total
 from connlimit.refusals import DESCRIPTORS, DRAINING, FULL, REASONS, TIMEOUT
+
+_AUDIT_INTERVAL = 1.0  # seconds
 
 
 @attrs.frozen
@@ -67,6 +77,7 @@ class Snapshot:
     :ivar longest_wait: seconds that the first of the line has waited; 0.0 if nobody waits.
     :ivar waits: connections that were served after a wait.
     :ivar wait_seconds: how long these have waited, all together.
+    :ivar reclaimed: of the finished, those whose protocol was not told of the end of its socket.
     :ivar draining: whether the limiter is being drained.
     """
 
@@ -81,7 +92,29 @@ class Snapshot:
     longest_wait: float
     waits: int
     wait_seconds: float
+    reclaimed: int
     draining: bool
+
+
+@implementer(IConnection)
+@attrs.frozen
+class _Remains:
+    """
+    What is known of a connection that was lost to garbage collection.
+    """
+
+    address: IAddress
+    factory = None
+    slot = None
+
+    def serve(self) -> None: ...
+
+    def refuse(self, reason: str) -> None: ...
+
+    def abort(self) -> None: ...
+
+    def is_dead(self) -> bool:
+        return True
 
 
 @adjustable
@@ -132,9 +165,15 @@ class Limiter:
         self._try_acquire = limit.try_acquire
         self._release = limit.release
 
-        self._active: set[IConnection] = set()
+        # The address of each connection that holds a slot, by a weak reference to it.
+        self._active: dict[ref[IConnection], IAddress] = {}
+        # References whose connections are no more. The collector can come at any instant, so it only
+        # leaves them here; they are seen to at the next arrival, or within a second if somebody waits.
+        self._collected: list[ref[IConnection]] = []
+        self._collect = self._collected.append
         self._line = Fifo()
         self._timer: IDelayedCall | None = None
+        self._audit_timer: IDelayedCall | None = None
         self._serving = False
         self._draining = False
         self._observers: tuple[ILimiterObserver, ...] = tuple(observers)
@@ -145,6 +184,7 @@ class Limiter:
         self._refused = dict.fromkeys(REASONS, 0)
         self._waits = 0
         self._wait_seconds = 0.0
+        self._reclaimed = 0
 
     def __repr__(self) -> str:
         return (
@@ -159,7 +199,7 @@ class Limiter:
         """
         How many connections hold a slot.
         """
-        return len(self._active)
+        return len(self._active) - len(self._collected)
 
     @property
     def waiting(self) -> int:
@@ -184,6 +224,7 @@ class Limiter:
             longest_wait=self.clock.seconds() - self._line.oldest()[1] if self._line else 0.0,
             waits=self._waits,
             wait_seconds=self._wait_seconds,
+            reclaimed=self._reclaimed,
             draining=self._draining,
         )
 
@@ -191,7 +232,7 @@ class Limiter:
         """
         The active connections that a factory serves. Looks at all of them.
         """
-        return [each for each in self._active if each.factory is factory]
+        return [each for each in self._actives() if each.factory is factory]
 
     def waiting_for(self, factory: object) -> list[IConnection]:
         """
@@ -215,11 +256,11 @@ class Limiter:
     @clock.setter
     def clock(self, clock: IReactorTime) -> None:
         shift = _checked_clock(clock).seconds() - self.clock.seconds()
-        self._stop_timer()
+        self._stop_timers()
         for connection in list(self._line):
             self._line.add(connection, self._line.remove(connection) + shift)
         self._clock = clock
-        self._start_timer()
+        self._start_timers()
 
     def reconfigure(self, **settings: Any) -> None:
         """
@@ -239,8 +280,8 @@ class Limiter:
         self.settings = new
         self._tell("reconfigured", changes)
         if "wait_timeout" in changes:
-            self._stop_timer()
-            self._start_timer()
+            self._stop_timers()
+            self._start_timers()
         self._total.slots = new.max_connections
 
     def add_observer(self, observer: ILimiterObserver) -> None:
@@ -266,7 +307,7 @@ class Limiter:
         """
         self._draining = True
         self.refuse_waiting(self._line)
-        return self.wait_for(self._active, timeout)
+        return self.wait_for(self._actives(), timeout)
 
     # What happens to connections, told by the factories and protocols
 
@@ -274,10 +315,13 @@ class Limiter:
         """
         Give a new connection a slot, if there is room and nobody waits.
         """
+        if self._collected:
+            self._reclaim_collected()
         if self._line or self._draining or not self._try_acquire(connection):
             return False
         self._accepted += 1
-        self._active.add(connection)
+        connection.slot = slot = ref(connection, self._collect)
+        self._active[slot] = connection.address
         if self._observers:
             self._tell("served", connection, 0.0)
         return True
@@ -304,7 +348,7 @@ class Limiter:
             connection.refuse(reason)
             return
         self._line.add(connection, self.clock.seconds())
-        self._start_timer()
+        self._start_timers()
         if self._observers:
             self._tell("waiting", connection)
         self._serve_waiting()
@@ -325,16 +369,27 @@ class Limiter:
         """
         The socket of an active connection is gone.
         """
-        try:
-            self._active.remove(connection)
-        except KeyError:
+        slot = connection.slot
+        if slot is None:
             return
+        connection.slot = None
+        del self._active[slot]
         self._finished += 1
         self._release(connection)
         if self._observers:
             self._tell("finished", connection)
         if self._line:
             self._serve_waiting()
+
+    def reclaim(self, connection: IConnection, why: str) -> None:
+        """
+        The socket of an active connection is gone, but its protocol was not told.
+
+        :param why: how that came, for the log.
+        """
+        if connection.slot is not None:
+            self._count_reclaimed(connection, why)
+            self.finish(connection)
 
     def refuse_waiting(self, connections: Iterable[IConnection]) -> None:
         """
@@ -354,7 +409,7 @@ class Limiter:
 
         :param timeout: seconds until they are aborted; None waits as long as it takes.
         """
-        return Drain(self, self._active.intersection(connections)).run(timeout)
+        return Drain(self, {each for each in connections if each.slot is not None}).run(timeout)
 
     # How it is done
 
@@ -384,7 +439,8 @@ class Limiter:
                 waited = self._leave_line(connection)
                 self._waits += 1
                 self._wait_seconds += waited
-                self._active.add(connection)
+                connection.slot = slot = ref(connection, self._collect)
+                self._active[slot] = connection.address
                 if self._observers:
                     self._tell("served", connection, waited)
                 connection.serve()
@@ -399,8 +455,36 @@ class Limiter:
         """
         waited = self.clock.seconds() - self._line.remove(connection)
         if not self._line:
-            self._stop_timer()
+            self._stop_timers()
         return waited
+
+    def _actives(self) -> list[IConnection]:
+        """
+        The connections that hold a slot.
+        """
+        return [connection for slot in list(self._active) if (connection := slot()) is not None]
+
+    def _reclaim_collected(self) -> None:
+        """
+        Free the slots of those that were lost to garbage collection.
+        """
+        while self._collected:
+            slot = self._collected.pop()
+            remains = _Remains(self._active.pop(slot))
+            self._finished += 1
+            self._count_reclaimed(remains, "its transport was forgotten, and garbage")
+            self._release(remains)
+            if self._observers:
+                self._tell("finished", remains)
+
+    def _count_reclaimed(self, connection: IConnection, why: str) -> None:
+        self._reclaimed += 1
+        self._log.warn(
+            "{limiter}: the slot of {peer} is reclaimed: {why}",
+            limiter=self.name,
+            peer=connection.address,
+            why=why,
+        )
 
     def _refuse(self, connection: IConnection, reason: str) -> None:
         self._count_refused(connection, reason)
@@ -411,23 +495,47 @@ class Limiter:
         if self._observers:
             self._tell("refused", connection, reason)
 
-    def _start_timer(self) -> None:
+    def _start_timers(self) -> None:
         """
-        See to it that the first of the line is refused when its time is over.
+        While somebody waits: see to it that the first of the line is refused when its time is over, and
+        that no slot is held by a connection that is no more.
 
         One timer serves the whole line: it is set for whoever has waited longest, and is not moved
         when that one leaves earlier; it then finds out and is set for the next.
         """
+        if not self._line:
+            return
+        if self._audit_timer is None:
+            self._audit_timer = self.clock.callLater(_AUDIT_INTERVAL, self._audit)
         timeout = self.settings.wait_timeout
-        if self._timer is None and timeout is not None and self._line:
+        if self._timer is None and timeout is not None:
             _, arrived = self._line.oldest()
             delay = arrived + timeout - self.clock.seconds()
             self._timer = self.clock.callLater(max(0.0, delay), self._time_over)
 
-    def _stop_timer(self) -> None:
+    def _stop_timers(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+        if self._audit_timer is not None:
+            self._audit_timer.cancel()
+            self._audit_timer = None
+
+    def _audit(self) -> None:
+        """
+        Free the slots whose connections are no more without anybody having been told.
+
+        It looks at every active connection, and so runs once a second at the most, and only while
+        somebody waits.
+        """
+        self._audit_timer = None
+        self._reclaim_collected()
+        for connection in self._actives():
+            if connection.is_dead():
+                connection.abort()
+                self.reclaim(connection, "its socket is gone or was reset, and it did not notice")
+        self._serve_waiting()
+        self._start_timers()
 
     def _time_over(self) -> None:
         self._timer = None
@@ -438,7 +546,7 @@ class Limiter:
                 break
             self._leave_line(connection)
             self._refuse(connection, TIMEOUT)
-        self._start_timer()
+        self._start_timers()
         self._serve_waiting()
 
     def _tell(self, event: str, *facts: Any) -> None:

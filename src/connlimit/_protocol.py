@@ -23,6 +23,7 @@ from twisted.protocols.policies import ProtocolWrapper
 from twisted.python.failure import Failure
 from zope.interface import classImplements, implementer, providedBy
 
+from connlimit._sockets import is_dead
 from connlimit.interfaces import IConnection
 from connlimit.refusals import close
 
@@ -44,6 +45,7 @@ class DelegatingProtocol(ProtocolWrapper):
 
     :ivar factory: the factory that made it.
     :ivar address: the client's address.
+    :ivar slot: set by the limiter while the connection is active.
     """
 
     _log = Logger()
@@ -51,6 +53,9 @@ class DelegatingProtocol(ProtocolWrapper):
     # Any: what these two provide depends on the transport and on the delegate.
     transport: Any
     wrappedProtocol: Any
+
+    slot: Any = None
+    _outer_connection_lost: Any = None
 
     def __init__(self, factory: LimitingFactory, address: IAddress) -> None:
         self.factory = factory
@@ -76,9 +81,14 @@ class DelegatingProtocol(ProtocolWrapper):
         if cls is not self.__class__:
             self.__class__ = cls
 
-    def makeConnection(self, transport: ITransport) -> None:
+    def makeConnection(self, transport: Any) -> None:
         self.transport = transport
         self.connected = 1
+        # Another protocol may take the transport over, and all its events; so the end is learnt from
+        # the transport itself. Set on the instance and not wrapped around it: this is the real one.
+        if "connectionLost" in transport.__dict__:
+            self._outer_connection_lost = transport.connectionLost
+        transport.connectionLost = self._transport_lost
         self.wrappedProtocol.makeConnection(transport)
 
     def dataReceived(self, data: bytes) -> None:
@@ -90,6 +100,20 @@ class DelegatingProtocol(ProtocolWrapper):
             self.wrappedProtocol.connectionLost(reason)
         finally:
             self.factory.limiter.finish(self)
+
+    def _transport_lost(self, *reason: Failure) -> None:
+        """
+        Be the ``connectionLost`` of our transport: it is over, whoever has its events.
+        """
+        transport = self.transport
+        transport.__dict__.pop("connectionLost", None)
+        try:
+            (self._outer_connection_lost or transport.connectionLost)(*reason)
+        finally:
+            if self.connected:
+                self.connected = 0
+                self.factory.limiter.depart(self)
+                self.factory.limiter.reclaim(self, "its transport was taken over by another protocol")
 
     # What the limiter decides, see IConnection
 
@@ -110,6 +134,7 @@ class DelegatingProtocol(ProtocolWrapper):
             if not self.connected:
                 return
             self.delegate_to(protocol)
+            self._take_log_prefix()
         except Exception:
             self._log.failure("{connection} could not be served", connection=self)
             self.abort()
@@ -147,6 +172,23 @@ class DelegatingProtocol(ProtocolWrapper):
             end()
         except Exception:
             self._log.failure("{connection} could not be ended", connection=self)
+
+    def is_dead(self) -> bool:
+        """
+        Whether the socket is gone or was reset.
+        """
+        return is_dead(self.transport)
+
+    def _take_log_prefix(self) -> None:
+        """
+        Let the transport log under the name of the real protocol, as if that had been there at first.
+        """
+        system = getattr(self.transport, "logstr", "")
+        if system.startswith(_WAITING_PREFIX):
+            self.transport.logstr = self.logPrefix() + system[len(_WAITING_PREFIX) :]
+
+
+_WAITING_PREFIX = "WaitingProtocol"
 
 
 class WaitingProtocol(Protocol):

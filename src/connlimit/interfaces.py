@@ -23,6 +23,7 @@ class IConnection(Interface):
 
     address: IAddress = Attribute("The client's address, as Twisted gives it to ``buildProtocol``.")
     factory: IProtocolFactory = Attribute("The factory that it belongs to.")
+    slot: Any = Attribute("Set by the limiter: None unless the connection is active.")
 
     def serve() -> None:
         """
@@ -37,6 +38,11 @@ class IConnection(Interface):
     def abort() -> None:
         """
         It is ended at once, and what is still to be sent is dropped. Never raises.
+        """
+
+    def is_dead() -> bool:
+        """
+        Whether the socket is gone, or was reset, although the connection has not been told. Never raises.
         """
 
 
@@ -58,6 +64,9 @@ class ILimit(Interface):
     def release(connection: IConnection) -> None:
         """
         Give back the slot that the connection holds.
+
+        If the connection object itself was lost to garbage collection, another one stands for it that
+        has the same address; a limit that keeps the object keeps it from being lost.
         """
 
     def subscribe(callback: Callable[[], None]) -> None:
