@@ -165,6 +165,18 @@ def read_all(client: socket.socket) -> bytes:
     return b"".join(chunks)
 
 
+def make_certificate(folder: Path) -> Path:
+    """
+    Make a private key and its certificate for localhost, both in one file.
+    """
+    file, key, certificate = folder / "server.pem", folder / "key.pem", folder / "certificate.pem"
+    command = "req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -subj /CN=localhost"
+    command += f" -addext subjectAltName=DNS:localhost -keyout {key} -out {certificate}"
+    subprocess.run([require_program("openssl"), *command.split()], check=True, capture_output=True)
+    file.write_text(key.read_text() + certificate.read_text())
+    return file
+
+
 def talk_tls(port: int, certificate: Path, data: bytes) -> bytes:
     """
     What a TLS client of Python's own receives for the data; blocks.
