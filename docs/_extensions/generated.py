@@ -4,6 +4,9 @@ Directives whose text comes from the program itself, so that it cannot drift fro
 
 from __future__ import annotations
 
+import ast
+from pathlib import Path
+
 from docutils import nodes
 from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
@@ -39,10 +42,24 @@ class OptionsDirective(SphinxDirective):
         return [nodes.literal_block(usage, usage, language="text")]
 
 
+class ConformanceDirective(SphinxDirective):
+    """
+    The rows of the conformance table, as the tests have them.
+    """
+
+    def run(self) -> list[nodes.Node]:
+        tests = Path(__file__).parents[2] / "tests" / "test_conformance.py"
+        for statement in ast.parse(tests.read_text()).body:
+            if isinstance(statement, ast.AnnAssign) and statement.target.id == "CONVERSATIONS":
+                rows = [key.value for key in statement.value.keys]
+        return self.parse_text_to_nodes("\n".join(f"- {row}" for row in rows))
+
+
 def setup(app: Sphinx) -> dict[str, bool]:
     """
     Register the directives.
     """
     app.add_directive("limiter-settings", SettingsDirective)
     app.add_directive("command-line-options", OptionsDirective)
+    app.add_directive("conformance-table", ConformanceDirective)
     return {"parallel_read_safe": True}
