@@ -13,8 +13,6 @@ from zope.interface import Attribute, Interface
 if TYPE_CHECKING:
     from connlimit._limiter import Limiter
 
-# zope.interface methods are declared without self.
-
 
 class IConnection(Interface):
     """
