@@ -512,11 +512,11 @@ def way(factory: object) -> object:
 
 class Records(Protocol):
     """
-    Tells how many connections have waited and a server's callbacks, and forgets those.
+    Tells how many connections have waited, and a server's callbacks connection by connection.
     """
 
     def dataReceived(self, data: bytes) -> None:
-        callbacks = RECORDS.pop(data.decode(), [])
+        callbacks = RECORDS.get(data.decode(), [])
         self.transport.write(json.dumps([LIMITER.snapshot().waits, callbacks]).encode())
         self.transport.loseConnection()
 

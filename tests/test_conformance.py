@@ -485,18 +485,17 @@ async def converse(servers: Servers, row: str, way: str, reactor_name: str) -> o
         arguments.append(where["web"])
     if conversation is talk_tls:
         arguments += [servers.certificate, b"hello" * 10_000]
-    waited_before, _ = await deferToThread(records, where["records"], name)
+    waited_before, before = await deferToThread(records, where["records"], name)
     if inspect.iscoroutinefunction(conversation):
         seen = await conversation(*arguments)
     else:
         seen = await patiently(deferToThread(conversation, *arguments))
-    callbacks: list[list[str]] = []
     began = reactor.seconds()
     # A protocol that is replaced while it runs is not told of the end by the method we recorded.
     patience = 0.3 if name in ("websocket", "autobahn") else PATIENCE
     while reactor.seconds() - began < patience:
-        waited, more = await deferToThread(records, where["records"], name)
-        callbacks += more
+        waited, so_far = await deferToThread(records, where["records"], name)
+        callbacks = so_far[len(before) :]
         if all(calls[-1] == "connectionLost" for calls in callbacks):
             break
     assert (waited > waited_before) == (way == "waited")
@@ -505,7 +504,7 @@ async def converse(servers: Servers, row: str, way: str, reactor_name: str) -> o
 
 def records(port: int, name: str) -> tuple[int, list[list[str]]]:
     """
-    How many connections have waited so far, and the callbacks of a server since they were asked for last.
+    How many connections have waited so far, and the callbacks of a server connection by connection.
     """
     with connect(port) as client:
         client.sendall(name.encode())
