@@ -21,11 +21,11 @@ class SettingsDirective(SphinxDirective):
     """
 
     def run(self) -> list[nodes.Node]:
-        lines = [".. list-table::", "   :header-rows: 1", "   :widths: 20 12 12 56", ""]
-        rows = [("Setting", "Unit", "Default", "Means")]
+        lines = [".. list-table::", "   :header-rows: 1", "   :widths: 20 14 14 12 40", ""]
+        rows = [("Setting", "Type", "Unit", "Default", "Means")]
         for name, field in FIELDS.items():
             unit, help = field.metadata["unit"] or "text", field.metadata["help"]
-            rows.append((f"``{name}``", unit, f"``{field.default}``", help))
+            rows.append((f"``{name}``", f"``{field.type}``", unit, f"``{field.default}``", help))
         for row in rows:
             for index, cell in enumerate(row):
                 lines.append(f"   {'*' if index == 0 else ' '} - {cell}")

@@ -16,10 +16,12 @@ class Echo(protocol.Protocol):
         self.transport.write(data)
 
 
+factory = protocol.Factory.forProtocol(Echo)
+
+
 async def main(reactor, where="tcp:8007:interface=127.0.0.1"):
     globalLogBeginner.beginLoggingTo([textFileLogObserver(sys.stdout)])
     limiter = Limiter(max_connections=2, max_waiting=1000, wait_timeout=30)
-    factory = protocol.Factory.forProtocol(Echo)
     endpoint = endpoints.serverFromString(reactor, where)
     await endpoint.listen(LimitingFactory(factory, limiter))
     await Deferred()  # for ever
