@@ -25,6 +25,7 @@ chosen.install()
 import hashlib
 import os
 import socket
+from functools import partial
 
 from autobahn.twisted.resource import WebSocketResource
 from autobahn.twisted.websocket import WebSocketServerFactory, WebSocketServerProtocol
@@ -44,7 +45,11 @@ from twisted.internet.endpoints import (
     AdoptedStreamServerEndpoint,
     serverFromString,
 )
-from twisted.internet.interfaces import IFileDescriptorReceiver
+from twisted.internet.interfaces import (
+    IFileDescriptorReceiver,
+    IHalfCloseableProtocol,
+    IHandshakeListener,
+)
 from twisted.internet.protocol import Factory, Protocol
 from twisted.internet.ssl import DefaultOpenSSLContextFactory, PrivateCertificate
 from twisted.mail import imap4, pop3, smtp
@@ -389,6 +394,35 @@ class Echo(Protocol):
         self.transport.write(data)
 
 
+@implementer(IHandshakeListener)
+class HandshakeEcho(Echo):
+    """
+    Echoes after it has said so when the handshake was done.
+    """
+
+    def handshakeCompleted(self) -> None:
+        self.transport.write(b"shaken ")
+
+
+@implementer(IHalfCloseableProtocol)
+class HalfClosing(Protocol):
+    """
+    Answers when its client has said all.
+    """
+
+    said = b""
+
+    def dataReceived(self, data: bytes) -> None:
+        self.said += data
+
+    def readConnectionLost(self) -> None:
+        self.transport.write(hashlib.sha256(self.said).hexdigest().encode())
+        self.transport.loseWriteConnection()
+
+    def writeConnectionLost(self) -> None:
+        self.transport.loseConnection()
+
+
 @implementer(IRealm)
 class MailRealm:
     def requestAvatar(self, avatar: bytes, mind: object, *interfaces: object) -> object:
@@ -495,8 +529,9 @@ def recorded(name: str, factory: object) -> object:
 
             setattr(protocol, method, recording)
 
-        for method in ("makeConnection", "dataReceived", "connectionLost"):
-            wrap(method)
+        for method in CALLBACKS:
+            if hasattr(protocol, method):
+                wrap(method)
         return protocol
 
     factory.buildProtocol = build_recorded
@@ -505,9 +540,16 @@ def recorded(name: str, factory: object) -> object:
 
 RECORDS: dict[str, list[list[str]]] = {}
 
-
-def way(factory: object) -> object:
-    return factory if WAY == "bare" else LimitingFactory(factory, LIMITER)
+#: What a protocol may be told.
+CALLBACKS = (
+    "makeConnection",
+    "dataReceived",
+    "handshakeCompleted",
+    "fileDescriptorReceived",
+    "readConnectionLost",
+    "writeConnectionLost",
+    "connectionLost",
+)
 
 
 class Records(Protocol):
@@ -527,37 +569,47 @@ def main() -> None:
     """
     where: dict[str, object] = {}
 
-    def listen(name: str, endpoint: object, factory: object) -> None:
+    def listen_bare(name: str, endpoint: object, factory: object) -> None:
         def listening(port: object) -> None:
             host = port.getHost()
             where[name] = getattr(host, "port", None) or host.name.decode()
 
         endpoint.listen(factory).addCallback(listening)
 
+    def listen(name: str, endpoint: object, factory: object, inside: object = lambda each: each) -> None:
+        """
+        Listen the way that is asked for, with *inside* between the limiter and the server.
+        """
+        factory = inside(recorded(name, factory))
+        listen_bare(name, endpoint, factory if WAY == "bare" else LimitingFactory(factory, LIMITER))
+
     def local(description: str = "tcp:0:interface=127.0.0.1") -> object:
         return serverFromString(reactor, description)
 
     for name, factory in SERVERS.items():
         if factory is not None:
-            listen(name, local(), way(recorded(name, factory)))
+            listen(name, local(), factory)
     context = DefaultOpenSSLContextFactory(CERTIFICATE, CERTIFICATE)
-    listen("h2", local(f"ssl:0:privateKey={CERTIFICATE}:interface=127.0.0.1"), way(server.Site(Root())))
-    listen("h2 around TLS", local(), way(TLSMemoryBIOFactory(context, False, server.Site(Root()))))
-    listen("portforward", local(), way(portforward.ProxyFactory("127.0.0.1", where["web"])))
-    listen("echo on tcp6", local(r"tcp6:0:interface=\:\:1"), way(of(Echo)))
-    listen("echo on unix", local(f"unix:{FOLDER}/{WAY}-{REACTOR}.socket"), way(of(Echo)))
-    listen("descriptors", local(f"unix:{FOLDER}/{WAY}-{REACTOR}-fd.socket"), way(of(Descriptors)))
-    listen("echo on ssl", local(f"ssl:0:privateKey={CERTIFICATE}:interface=127.0.0.1"), way(of(Echo)))
-    listen("echo on tls", local(f"tls:{FOLDER}/sites:0:interface=127.0.0.1"), way(of(Echo)))
-    listen("echo behind haproxy", local("haproxy:tcp:0:interface=127.0.0.1"), way(of(Echo)))
+    on_ssl = f"ssl:0:privateKey={CERTIFICATE}:interface=127.0.0.1"
+    listen("h2", local(on_ssl), server.Site(Root()))
+    listen("h2 around TLS", local(), server.Site(Root()), partial(TLSMemoryBIOFactory, context, False))
+    listen("autobahn on ssl", local(on_ssl), autobahn_site())
+    listen("portforward", local(), portforward.ProxyFactory("127.0.0.1", where["web"]))
+    listen("echo on tcp6", local(r"tcp6:0:interface=\:\:1"), of(Echo))
+    listen("echo on unix", local(f"unix:{FOLDER}/{WAY}-{REACTOR}.socket"), of(Echo))
+    listen("descriptors", local(f"unix:{FOLDER}/{WAY}-{REACTOR}-fd.socket"), of(Descriptors))
+    listen("echo on ssl", local(on_ssl), of(HandshakeEcho))
+    listen("echo on tls", local(f"tls:{FOLDER}/sites:0:interface=127.0.0.1"), of(HandshakeEcho))
+    listen("echo behind haproxy", local("haproxy:tcp:0:interface=127.0.0.1"), of(Echo))
+    listen("half-close", local(), of(HalfClosing))
     adopted = socket.create_server(("127.0.0.1", 0))
     adopted.setblocking(False)
     listen(
         "echo on an adopted socket",
         AdoptedStreamServerEndpoint(reactor, adopted.detach(), socket.AF_INET),
-        way(of(Echo)),
+        of(Echo),
     )
-    listen("records", local(), of(Records))
+    listen_bare("records", local(), of(Records))
     print(json.dumps(where), flush=True)
 
 

@@ -55,7 +55,7 @@ class Servers:
         (folder / "sites").mkdir()
         (folder / "sites" / "localhost.pem").write_bytes(certificate.read_bytes())
         (folder / "block").write_bytes(bytes(range(256)) * 4096)
-        self.bare: dict[str, object] = {}
+        self.bare: dict[tuple[str, str], object] = {}
         self._running: dict[tuple[str, str], tuple[subprocess.Popen[str], dict[str, Any]]] = {}
 
     def where(self, way: str, reactor_name: str) -> dict[str, Any]:
@@ -202,8 +202,8 @@ def http2(port: int) -> object:
     return done.stdout, done.returncode
 
 
-def websocket_echo(port: int) -> object:
-    with connect(port) as client:
+def websocket_echo(port: int, wrap: Callable[[socket.socket], socket.socket] = lambda raw: raw) -> object:
+    with wrap(connect(port)) as client:
         client.sendall(
             b"GET /ws HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
             b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n\r\n"
@@ -215,6 +215,11 @@ def websocket_echo(port: int) -> object:
             frames.append(receive(client, 2 + len(text)))
         client.sendall(bytes([0x88, 0x82, 0, 0, 0, 0]) + struct.pack(">H", 1000))
         return upgraded, frames, read_all(client)
+
+
+def websocket_echo_on_tls(port: int) -> object:
+    context = ssl._create_unverified_context()
+    return websocket_echo(port, lambda raw: context.wrap_socket(raw))
 
 
 def page(port: int) -> object:
@@ -419,6 +424,13 @@ def echo_haproxy(port: int) -> object:
         return receive(client, 5)
 
 
+def half_close(port: int) -> object:
+    with connect(port) as client:
+        client.sendall(b"all of it" * 50_000)
+        client.shutdown(socket.SHUT_WR)
+        return read_all(client)
+
+
 def descriptors(path: str) -> object:
     reading, writing = os.pipe()
     os.write(writing, b"the word")
@@ -440,6 +452,7 @@ CONVERSATIONS: dict[str, tuple[str, Callable[..., Any]]] = {
     "HTTP/2, TLS inside": ("h2 around TLS", http2),
     "twisted.web.websocket": ("websocket", websocket_echo),
     "Autobahn WebSocketResource": ("autobahn", websocket_echo),
+    "Autobahn inside TLS": ("autobahn on ssl", websocket_echo_on_tls),
     "klein": ("klein", page),
     "WSGI": ("wsgi", wsgi),
     "XML-RPC": ("xmlrpc", xml_rpc),
@@ -460,6 +473,7 @@ CONVERSATIONS: dict[str, tuple[str, Callable[..., Any]]] = {
     "LineReceiver, raw mode": ("linereceiver", line_receiver),
     "StatefulProtocol": ("stateful", stateful),
     "UNIX descriptors": ("descriptors", descriptors),
+    "half-close both ways": ("half-close", half_close),
     "echo on tcp": ("echo", echo),
     "echo on tcp6": ("echo on tcp6", echo_tcp6),
     "echo on unix": ("echo on unix", echo),
@@ -492,11 +506,12 @@ async def converse(servers: Servers, row: str, way: str, reactor_name: str) -> o
         seen = await patiently(deferToThread(conversation, *arguments))
     began = reactor.seconds()
     # A protocol that is replaced while it runs is not told of the end by the method we recorded.
-    patience = 0.3 if name in ("websocket", "autobahn") else PATIENCE
+    replaced = ("websocket", "autobahn", "autobahn on ssl", "h2", "h2 around TLS")
+    patience = 0.3 if name in replaced else PATIENCE
     while reactor.seconds() - began < patience:
         waited, so_far = await deferToThread(records, where["records"], name)
         callbacks = so_far[len(before) :]
-        if all(calls[-1] == "connectionLost" for calls in callbacks):
+        if callbacks and all(calls[-1] == "connectionLost" for calls in callbacks):
             break
     assert (waited > waited_before) == (way == "waited")
     return seen, callbacks
@@ -519,6 +534,6 @@ def records(port: int, name: str) -> tuple[int, list[list[str]]]:
 async def test_the_limited_server_is_like_the_bare_one(
     row: str, way: str, reactor_name: str, servers: Servers
 ) -> None:
-    if row not in servers.bare:
-        servers.bare[row] = await converse(servers, row, "bare", "epoll")
-    assert await converse(servers, row, way, reactor_name) == servers.bare[row]
+    if (row, reactor_name) not in servers.bare:
+        servers.bare[row, reactor_name] = await converse(servers, row, "bare", reactor_name)
+    assert await converse(servers, row, way, reactor_name) == servers.bare[row, reactor_name]

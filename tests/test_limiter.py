@@ -4,8 +4,12 @@ Who is served, who waits and who is refused.
 
 from __future__ import annotations
 
+import gc
+import sys
+from collections.abc import Callable
+
 import pytest
-from fakes import FakeConnection, RecordingFactory
+from fakes import ApplicationError, FakeConnection, RecordingFactory
 from twisted.internet.task import Clock
 from twisted.trial.unittest import SynchronousTestCase
 from zope.interface import implementer
@@ -13,7 +17,7 @@ from zope.interface.verify import verifyObject
 
 from connlimit import Limiter, LimitingFactory, _descriptors
 from connlimit._settings import FIELDS
-from connlimit.interfaces import ILimit, ILimiterObserver
+from connlimit.interfaces import IConnection, ILimit, ILimiterObserver
 from connlimit.observers import LimiterObserver
 
 
@@ -303,6 +307,58 @@ class ManyTests(LimiterTestCase):
         self.clock.advance(5)
         self.turn()
         self.assert_counts(waiting=0, refused={"timeout": self.MANY})
+
+
+@implementer(IConnection)
+class Ephemeral:
+    """
+    A connection that nobody holds but the line, and that does what it is told when it is served.
+    """
+
+    address = None
+    factory = None
+    slot = None
+
+    def __init__(self, serve: Callable[[Ephemeral], None]) -> None:
+        self._serve = serve
+
+    def serve(self) -> None:
+        self._serve(self)
+
+    def refuse(self, reason: str) -> None: ...
+
+    def abort(self) -> None: ...
+
+    def is_dead(self) -> bool:
+        return False
+
+
+class HoldingTests(LimiterTestCase):
+    """
+    The line holds its connections, and the limiter holds nobody else.
+    """
+
+    def test_one_that_ends_while_it_is_served_and_that_nobody_holds_is_counted_once(self) -> None:
+        limiter = self.limited(0)
+        limiter.wait(Ephemeral(limiter.finish))
+        limiter.max_connections = 1
+        self.assert_counts(active=0, finished=1, reclaimed=0)
+
+    def test_a_traceback_that_somebody_keeps_keeps_nobody_who_was_served_later(self) -> None:
+        limiter, kept = self.limited(0), []
+
+        def fail(connection: Ephemeral) -> None:
+            try:
+                raise ApplicationError
+            except ApplicationError as error:
+                kept.append(sys._getframe())
+                kept.append(error)
+
+        limiter.wait(Ephemeral(fail))
+        limiter.wait(Ephemeral(lambda connection: None))
+        limiter.max_connections = 2
+        gc.collect()
+        self.assert_counts(active=1, finished=1, reclaimed=1)
 
 
 class Closing(RecordingFactory.protocol):

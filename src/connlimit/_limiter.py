@@ -170,7 +170,6 @@ class Limiter:
         # References whose connections are no more. The collector can come at any instant, so it only
         # leaves them here; they are seen to at the next arrival, or within a second if somebody waits.
         self._collected: list[ref[IConnection]] = []
-        self._collect = self._collected.append
         self._line = Fifo()
         self._timer: IDelayedCall | None = None
         self._audit_timer: IDelayedCall | None = None
@@ -212,6 +211,7 @@ class Limiter:
         """
         Every counter and gauge, at this instant.
         """
+        self._reclaim_collected()
         return Snapshot(
             settings=self.settings,
             active=self.active,
@@ -432,20 +432,30 @@ class Limiter:
             return
         self._serving = True
         try:
-            while self._line:
-                connection = self._line.next()
-                if not self._try_acquire(connection):
-                    break
-                waited = self._leave_line(connection)
-                self._waits += 1
-                self._wait_seconds += waited
-                connection.slot = slot = ref(connection, self._collect)
-                self._active[slot] = connection.address
-                if self._observers:
-                    self._tell("served", connection, waited)
-                connection.serve()
+            while self._line and self._serve_next():
+                pass
         finally:
             self._serving = False
+
+    def _serve_next(self) -> bool:
+        """
+        Serve whose turn it is, if there is room.
+
+        In a frame of its own: a traceback from below, if somebody keeps it, keeps the connection that
+        failed and not one that was served later.
+        """
+        connection = self._line.next()
+        if not self._try_acquire(connection):
+            return False
+        waited = self._leave_line(connection)
+        self._waits += 1
+        self._wait_seconds += waited
+        connection.slot = slot = ref(connection, self._collect)
+        self._active[slot] = connection.address
+        if self._observers:
+            self._tell("served", connection, waited)
+        connection.serve()
+        return True
 
     def _leave_line(self, connection: IConnection) -> float:
         """
@@ -463,6 +473,13 @@ class Limiter:
         The connections that hold a slot.
         """
         return [connection for slot in list(self._active) if (connection := slot()) is not None]
+
+    def _collect(self, slot: ref[IConnection]) -> None:
+        """
+        A connection was lost to garbage collection, or has finished and nobody else held it any more.
+        """
+        if slot in self._active:
+            self._collected.append(slot)
 
     def _reclaim_collected(self) -> None:
         """
