@@ -160,10 +160,9 @@ def talk(port: int, act: str) -> tuple[bytes, str]:
     come too late; and how it ended.
     """
     received = b""
-    with socket.create_connection(("127.0.0.1", port), PATIENCE) as client:
-        if act == "starts TLS":
-            client = ssl._create_unverified_context().wrap_socket(client)
-        try:
+    try:
+        with socket.create_connection(("127.0.0.1", port), PATIENCE) as raw:
+            client = ssl._create_unverified_context().wrap_socket(raw) if act == "starts TLS" else raw
             for end in (b"all" if act in GREETING else b"", b">"):
                 while not received.endswith(end):
                     chunk = client.recv(65536)
@@ -172,10 +171,9 @@ def talk(port: int, act: str) -> tuple[bytes, str]:
                     received += chunk
                 if end != b">" and act not in ENDING:
                     client.sendall(b"hello")
-        except OSError as error:
-            return received, type(error).__name__
-        finally:
             client.close()
+    except OSError as error:
+        return received, type(error).__name__
     return received, "answered"
 
 

@@ -4,7 +4,6 @@ One connection's life: the protocol that delegates, first to the one that waits,
 
 from __future__ import annotations
 
-from collections import deque
 from functools import cache, lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -145,8 +144,9 @@ class DelegatingProtocol(ProtocolWrapper):
             # As without us: Twisted logs it and leaves the connection open.
             self._log.failure("{protocol} failed to make its connection", protocol=protocol)
         try:
-            while waiting.kept and self.connected and not self.transport.disconnecting:
-                self.dataReceived(waiting.kept.popleft())
+            for data in waiting.kept:
+                if self.connected and not self.transport.disconnecting:
+                    self.dataReceived(data)
         except Exception:
             self._log.failure("{protocol} failed to receive what it was sent", protocol=protocol)
             self.abort()
@@ -191,24 +191,29 @@ class DelegatingProtocol(ProtocolWrapper):
 _WAITING_PREFIX = "WaitingProtocol"
 
 
-class WaitingProtocol(Protocol):
+@implementer(IProtocol)
+class WaitingProtocol:
     """
     Holds a connection's place while it waits: nothing is read, and nothing that still comes is lost.
+
+    There can be tens of thousands, so it is as small as an object can be.
 
     :ivar kept: what the transport delivered although it was paused, in order.
     """
 
+    __slots__ = ("connection", "kept")
+
     def __init__(self, connection: DelegatingProtocol) -> None:
         self.connection = connection
-        self.kept: deque[bytes] = deque()
+        self.kept: tuple[bytes, ...] = ()
 
-    def makeConnection(self, transport: ITransport) -> None:
-        self.transport = transport
-        transport.pauseProducing()  # type: ignore[attr-defined]
+    def makeConnection(self, transport: Any) -> None:
+        transport.pauseProducing()
         self.connection.factory.limiter.wait(self.connection)
 
     def dataReceived(self, data: bytes) -> None:
-        self.kept.append(data)
+        # Seldom, and never more than twice: what TLS had decrypted already.
+        self.kept += (data,)
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:
         self.connection.factory.limiter.depart(self.connection)
