@@ -1,5 +1,5 @@
 """
-What it costs a connection that its protocol provides optional interfaces, which the limited one must provide too.
+What it costs a connection that its protocol provides optional interfaces, which ours must provide too.
 """
 
 from __future__ import annotations

@@ -38,7 +38,8 @@ def measure(way: str, clients: int, certificate: str) -> float:
     """
     command = [sys.executable, "-m", "bench.memory", way, certificate]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    assert process.stdin is not None and process.stdout is not None
+    assert process.stdin is not None
+    assert process.stdout is not None
     try:
         port = int(process.stdout.readline())
 

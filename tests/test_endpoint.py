@@ -15,9 +15,12 @@ from sockets import connected, patiently, until
 from support import talk_tls
 from twisted.internet import reactor
 from twisted.internet.endpoints import serverFromString
+from twisted.internet.interfaces import ISSLTransport
 from twisted.internet.threads import deferToThread
 
-from connlimit import LimitingEndpoint, _endpoint
+from connlimit import Limiter, LimitingEndpoint, _endpoint
+from connlimit.interfaces import IConnection
+from connlimit.observers import LimiterObserver
 
 
 @pytest.fixture
@@ -79,6 +82,7 @@ def test_every_setting_reaches_the_limiter(inner: list[str]) -> None:
         ("connlimit:tcp", ["'tcp' is no endpoint"]),
         ("connlimit:tpc:80", ["'tpc:80' is no endpoint"]),
         ("connlimit:", ["'' is no endpoint"]),
+        ("connlimit:tcp:0:place=here", ["place must be protocol or socket", "'here'"]),
         ("connlimit:tcp:0:limiter=", ["name must be a text", "''"]),
     ],
 )
@@ -108,25 +112,41 @@ def test_a_name_is_free_again_when_its_endpoints_are_gone(inner: list[str]) -> N
     assert parse("connlimit:tcp:1:max_connections=2:limiter=passing").limiter.max_connections == 2
 
 
+@pytest.mark.parametrize("place", ["protocol", "socket"])
 @pytest.mark.parametrize("kind", ["ssl", "tls"])
 @ensureDeferred
-async def test_it_limits_inside_tls(kind: str, certificate: Path) -> None:
+async def test_it_limits_inside_tls_or_next_to_the_socket(kind: str, place: str, certificate: Path) -> None:
     pytest.importorskip("OpenSSL")
     inner = {
         "ssl": f"ssl:0:privateKey={certificate}:interface=127.0.0.1",
         "tls": f"tls:{certificate.parent / 'sites'}:0:interface=127.0.0.1",
     }
     sites = certificate.parent / "sites"
-    sites.mkdir()
+    sites.mkdir(exist_ok=True)
     (sites / "localhost.pem").write_text(certificate.read_text())
-    endpoint = serverFromString(reactor, f"connlimit:{inner[kind]}:max_connections=1")
+    endpoint = serverFromString(reactor, f"connlimit:{inner[kind]}:max_connections=1:place={place}")
+    seen = Places()
+    endpoint.limiter.add_observer(seen)
     port = await endpoint.listen(RecordingFactory())
     number = port.getHost().port
     talks = [deferToThread(talk_tls, number, certificate, b"secret") for _ in range(5)]
     for talk in talks:
         assert await patiently(talk) == b"secret"
     await until(lambda: endpoint.limiter.snapshot().finished == 5)
+    assert seen.inside_tls == [place == "protocol"] * 5
     await patiently(port.stopListening())
+
+
+class Places(LimiterObserver):
+    """
+    Whether each connection was inside TLS.
+    """
+
+    def __init__(self) -> None:
+        self.inside_tls: list[bool] = []
+
+    def finished(self, limiter: Limiter, connection: IConnection) -> None:
+        self.inside_tls.append(ISSLTransport.providedBy(connection.transport))
 
 
 @pytest.mark.parametrize(
@@ -136,6 +156,8 @@ async def test_it_limits_inside_tls(kind: str, certificate: Path) -> None:
         "connlimit:unix:{folder}/socket:max_connections=1",
         "haproxy:connlimit:tcp:0:interface=127.0.0.1:max_connections=1",
         "connlimit:haproxy:tcp:0:interface=127.0.0.1:max_connections=1",
+        "connlimit:haproxy:tcp:0:interface=127.0.0.1:max_connections=1:place=socket",
+        "connlimit:unix:{folder}/socket:max_connections=1:place=socket",
     ],
 )
 @ensureDeferred

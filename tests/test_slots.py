@@ -7,7 +7,7 @@ from __future__ import annotations
 import gc
 import socket
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -193,6 +193,16 @@ async def test_a_transport_that_another_protocol_takes_over_gives_its_slot_back(
     assert warning["peer"].port == address.port
 
 
+@pytest.fixture
+def collected_by_hand() -> Iterator[None]:
+    """
+    The garbage collector does not run by itself.
+    """
+    gc.disable()
+    yield
+    gc.enable()
+
+
 class Sleeping(Protocol):
     """
     Pauses its transport, and does nothing ever after.
@@ -227,7 +237,9 @@ async def test_a_server_that_does_not_notice_a_reset_loses_its_slot_to_whoever_w
 
 @pytest.mark.parametrize("wait", [False, True], ids=["with room", "after a wait"])
 @ensureDeferred
-async def test_a_transport_that_is_forgotten_is_closed_and_its_slot_is_free(wait: bool) -> None:
+async def test_a_transport_that_is_forgotten_is_closed_and_its_slot_is_free(
+    wait: bool, collected_by_hand: None
+) -> None:
     limiter = Limiter(0 if wait else 1)
     with Log() as log:
         async with listening(limiter, server=Factory.forProtocol(Sleeping)) as (_, where):
@@ -293,6 +305,42 @@ async def test_nested_with_other_wrapping_factories_it_loses_no_slot(nesting: st
         await second.close()
         await free_within_a_second(limiter)
     assert (limiter.snapshot().finished, limiter.snapshot().reclaimed) == (6, 0)
+    await patiently(port.stopListening())
+
+
+@pytest.mark.parametrize("nesting", [name for name in NESTINGS if name.startswith("around")])
+@ensureDeferred
+async def test_around_other_wrapping_factories_whoever_is_refused_is_closed(nesting: str) -> None:
+    limiter = Limiter(1, max_waiting=0)
+    endpoint = TCP4ServerEndpoint(reactor, 0, interface="127.0.0.1")
+    port = await endpoint.listen(NESTINGS[nesting](RecordingFactory(), limiter))
+    where = f"tcp:127.0.0.1:{port.getHost().port}"
+    first = await connected(where)
+    await until(lambda: limiter.active == 1)
+    refused = await connected(where)
+    await refused.is_closed()
+    await first.close()
+    await free_within_a_second(limiter)
+    assert limiter.snapshot().refused["full"] == 1
+    await patiently(port.stopListening())
+
+
+@pytest.mark.parametrize("nesting", ["in TimeoutFactory", "in ThrottlingFactory", "in WrappingFactory"])
+@ensureDeferred
+async def test_in_other_wrapping_factories_whoever_is_refused_holds_no_slot(nesting: str) -> None:
+    limiter = Limiter(1, max_waiting=0)
+    endpoint = TCP4ServerEndpoint(reactor, 0, interface="127.0.0.1")
+    port = await endpoint.listen(NESTINGS[nesting](RecordingFactory(), limiter))
+    where = f"tcp:127.0.0.1:{port.getHost().port}"
+    first = await connected(where)
+    await until(lambda: limiter.active == 1)
+    # Twisted's WrappingFactory does not see that there is no protocol, and leaves the client connected.
+    refused = await connected(where)
+    await until(lambda: limiter.snapshot().refused["full"] == 1)
+    await first.close()
+    await free_within_a_second(limiter)
+    await refused.close()
+    assert limiter.snapshot().accepted == 2
     await patiently(port.stopListening())
 
 

@@ -11,11 +11,15 @@ from weakref import WeakValueDictionary
 from twisted.internet.endpoints import quoteStringArgument, serverFromString
 
 from connlimit._limiter import Limiter
+from connlimit._place import LimitingReactor, SocketLimitingEndpoint
 from connlimit._service import LimitingEndpoint
 from connlimit._settings import FIELDS, parse
 
 # In a string a limiter's name is given as ``limiter``: ``name`` can be an argument of the inner endpoint.
 _SETTINGS = tuple(name for name in FIELDS if name != "name")
+
+# Where the limiter stands: right before the protocol, inside TLS and the like, or next to the socket.
+_PLACES = ("protocol", "socket")
 
 # Strings that name the same limiter share it, as long as one of their endpoints is in use.
 _limiters: WeakValueDictionary[str, Limiter] = WeakValueDictionary()
@@ -33,20 +37,26 @@ def from_arguments(
     """
     inner = {key: str(value) for key, value in keywords.items()}
     name = inner.pop("limiter", None)
+    place = inner.pop("place", "protocol")
+    if place not in _PLACES:
+        raise ValueError(f"connlimit endpoint: place must be {' or '.join(_PLACES)}, not {place!r}")
     texts = {key: inner.pop(key) for key in _SETTINGS if key in inner}
     try:
         values = parse(texts)
     except ValueError as error:
         raise ValueError(f"connlimit endpoint: {error}") from None
     description = _describe(positional, inner)
+    limiter = _limiter(name, values)
     try:
-        endpoint = serverFromString(reactor, description)
+        if place == "socket":
+            inner_reactor = LimitingReactor(reactor, limiter)
+            return SocketLimitingEndpoint(serverFromString(inner_reactor, description), limiter)
+        return LimitingEndpoint(serverFromString(reactor, description), limiter)
     except Exception as error:
         raise ValueError(
             f"connlimit endpoint: {description!r} is no endpoint ({error}); "
-            f"connlimit itself takes {', '.join(_SETTINGS)} and limiter"
+            f"connlimit itself takes {', '.join(_SETTINGS)}, limiter and place"
         ) from None
-    return LimitingEndpoint(endpoint, _limiter(name, values))
 
 
 def _describe(positional: Sequence[object], keywords: Mapping[str, str]) -> str:

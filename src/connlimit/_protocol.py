@@ -14,9 +14,8 @@ from twisted.internet.interfaces import (
     IHandshakeListener,
     ILoggingContext,
     IProtocol,
-    ITransport,
 )
-from twisted.internet.protocol import Protocol, connectionDone
+from twisted.internet.protocol import connectionDone
 from twisted.logger import Logger
 from twisted.protocols.policies import ProtocolWrapper
 from twisted.python.failure import Failure
@@ -192,7 +191,7 @@ _WAITING_PREFIX = "WaitingProtocol"
 
 
 @implementer(IProtocol)
-class WaitingProtocol:
+class WaitingProtocol:  # type: ignore[misc]  # connectionMade is for makeConnection to call
     """
     Holds a connection's place while it waits: nothing is read, and nothing that still comes is lost.
 

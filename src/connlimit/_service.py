@@ -34,7 +34,13 @@ class LimitingEndpoint:
         """
         Listen on the endpoint, the limiter before the factory.
         """
-        return self.endpoint.listen(LimitingFactory(protocolFactory, self.limiter))
+        return self.endpoint.listen(self.limit(protocolFactory))
+
+    def limit(self, factory: IProtocolFactory) -> IProtocolFactory:
+        """
+        Put the limiter before a factory.
+        """
+        return LimitingFactory(factory, self.limiter)
 
 
 class LimitedService(StreamServerEndpointService):
