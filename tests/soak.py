@@ -202,6 +202,20 @@ async def change_limits(limiter: Limiter, choices: random.Random, until: float) 
     limiter.reconfigure(max_connections=50, max_waiting=None, wait_timeout=1)
 
 
+async def have_one_wait(limiter: Limiter, port: int) -> None:
+    """
+    Let the limiter open what it needs to have somebody wait.
+    """
+    limiter.max_connections = 0
+    client = await connectProtocol(TCP4ClientEndpoint(reactor, "127.0.0.1", port), Client())
+    while not limiter.waiting:
+        await task.deferLater(reactor, 0.01)
+    client.transport.abortConnection()
+    while limiter.waiting:
+        await task.deferLater(reactor, 0.01)
+    limiter.max_connections = 10
+
+
 def descriptors() -> int:
     return len(os.listdir("/dev/fd"))
 
@@ -234,6 +248,7 @@ async def main(reactor: object) -> None:
     endpoint = serverFromString(reactor, "tcp:0:interface=127.0.0.1:backlog=1000")
     port = await LimitingEndpoint(endpoint, limiter).listen(Whatever(choices))
     await task.deferLater(reactor, 0)  # the reactor runs, and has opened all it wants
+    await have_one_wait(limiter, port.getHost().port)
     before = descriptors()
     until = reactor.seconds() + OPTIONS.seconds
     crowd = [

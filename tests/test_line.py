@@ -35,6 +35,6 @@ def test_it_serves_in_order_of_arrival_whoever_leaves_from_the_middle(steps: lis
         assert list(line) == model
         assert len(line) == len(model)
         if model:
-            assert line.next() == model[0]
+            assert line.next(0.0) == model[0]
             assert line.oldest() == (model[0], float(model[0]))
             assert model[0] in line

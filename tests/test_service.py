@@ -108,7 +108,7 @@ async def test_a_service_can_be_stopped_and_started_again() -> None:
         assert limiter.active == 0
         service.privilegedStartService()
         service.startService()
-        client = await connected(service.endpoint.where)
+        client = await connected(service.endpoint.endpoint.where)
         client.transport.write(b"again")
         await client.receives(b"again")
 

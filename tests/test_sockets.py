@@ -123,7 +123,7 @@ async def test_who_waits_too_long_is_closed() -> None:
 
 
 @ensureDeferred
-async def test_a_client_that_reset_its_connection_while_it_waited_ends_at_its_turn() -> None:
+async def test_a_client_that_resets_its_connection_while_it_waits_makes_room_for_the_next() -> None:
     limiter = Limiter(1)
     async with listening(limiter) as (server, where):
         first = await connected(where)
@@ -131,11 +131,12 @@ async def test_a_client_that_reset_its_connection_while_it_waited_ends_at_its_tu
             await until(lambda: limiter.waiting == 1)
             reset.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         third = await connected(where)
-        await until(lambda: limiter.waiting == 2)
+        await until(lambda: limiter.snapshot().departed == 1)
+        await until(lambda: limiter.waiting == 1)
         await first.close()
         third.transport.write(b"next")
         await third.receives(b"next")
-        assert limiter.snapshot().finished == 2
+        assert limiter.snapshot().finished == 1
 
 
 @pytest.mark.parametrize("place", ["inside TLS", "next to TCP"])

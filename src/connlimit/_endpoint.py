@@ -10,8 +10,10 @@ from weakref import WeakValueDictionary
 
 from twisted.internet.endpoints import quoteStringArgument, serverFromString
 
+from connlimit._accepting import check_when_full
 from connlimit._limiter import Limiter
 from connlimit._place import LimitingReactor, SocketLimitingEndpoint
+from connlimit._proxied import server_from_string
 from connlimit._service import LimitingEndpoint
 from connlimit._settings import FIELDS, parse
 
@@ -40,8 +42,10 @@ def from_arguments(
     place = inner.pop("place", "protocol")
     if place not in _PLACES:
         raise ValueError(f"connlimit endpoint: place must be {' or '.join(_PLACES)}, not {place!r}")
+    when_full = inner.pop("when_full", "refuse")
     texts = {key: inner.pop(key) for key in _SETTINGS if key in inner}
     try:
+        check_when_full(None, None, when_full)
         values = parse(texts)
     except ValueError as error:
         raise ValueError(f"connlimit endpoint: {error}") from None
@@ -50,12 +54,12 @@ def from_arguments(
     try:
         if place == "socket":
             inner_reactor = LimitingReactor(reactor, limiter)
-            return SocketLimitingEndpoint(serverFromString(inner_reactor, description), limiter)
-        return LimitingEndpoint(serverFromString(reactor, description), limiter)
+            return SocketLimitingEndpoint(serverFromString(inner_reactor, description), limiter, when_full)
+        return LimitingEndpoint(server_from_string(reactor, description), limiter, when_full)
     except Exception as error:
         raise ValueError(
             f"connlimit endpoint: {description!r} is no endpoint ({error}); "
-            f"connlimit itself takes {', '.join(_SETTINGS)}, limiter and place"
+            f"connlimit itself takes {', '.join(_SETTINGS)}, limiter, place and when_full"
         ) from None
 
 

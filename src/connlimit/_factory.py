@@ -4,8 +4,10 @@ The factory that stands for another one and lets its connections through a limit
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
+from twisted.internet.address import UNIXAddress
 from twisted.internet.interfaces import (
     IAddress,
     ILoggingContext,
@@ -16,6 +18,7 @@ from twisted.internet.interfaces import (
 from twisted.logger import Logger
 from zope.interface import alsoProvides, implementer
 
+from connlimit import _refusing
 from connlimit._limiter import Limiter
 from connlimit._protocol import DelegatingProtocol, WaitingProtocol
 
@@ -29,6 +32,9 @@ class LimitingFactory:
 
     :ivar wrappedFactory: the factory whose protocols serve the connections.
     :ivar limiter: the limiter, which other factories may share.
+    :ivar is_tls: whether the wrapped factory is the one that speaks TLS.
+    :ivar has_stopped_accepting: whether its ports have stopped: who was accepted meanwhile waits, however
+        full the line.
     """
 
     _log = Logger()
@@ -44,6 +50,10 @@ class LimitingFactory:
         self.wrappedFactory = wrappedFactory
         self.limiter = limiter
         self._ports = 0
+        self.has_stopped_accepting = False
+        # If that has not been imported yet, there is no such factory.
+        tls = sys.modules.get("twisted.protocols.tls")
+        self.is_tls = tls is not None and isinstance(wrappedFactory, tls.TLSMemoryBIOFactory)
         if IProtocolNegotiationFactory.providedBy(wrappedFactory):
             alsoProvides(self, IProtocolNegotiationFactory)
 
@@ -86,17 +96,35 @@ class LimitingFactory:
         """
         connection = DelegatingProtocol(self, address)
         limiter = self.limiter
-        if limiter.serve_at_once(connection):
+        # Whose a UNIX socket is shows when there is a transport.
+        late = address.__class__ is UNIXAddress and limiter.needs_peers
+        if not late and limiter.serve_at_once(connection):
             protocol = self.build_real_protocol(address)
             if protocol is None:
                 limiter.finish(connection)
                 return None
             connection.delegate_to(protocol)
             return connection
-        if limiter.may_wait(connection):
+        reason = None if late else limiter.may_wait(connection, self.has_stopped_accepting)
+        if reason is None:
             connection.wrappedProtocol = WaitingProtocol(connection)
             return connection
-        return None
+        refusing = self.build_refusal(address, reason)
+        if refusing is None:
+            return None
+        connection.delegate_to(refusing)
+        return connection
+
+    def build_refusal(self, address: IAddress, reason: str) -> IProtocol | None:
+        """
+        The protocol that refuses a client, or None if the connection is to be closed without a word.
+        """
+        protocol = _refusing.build(self.limiter, address, reason)
+        if protocol is None or not self.is_tls:
+            return protocol
+        from twisted.protocols.tls import TLSMemoryBIOProtocol
+
+        return TLSMemoryBIOProtocol(self.wrappedFactory, protocol)
 
     def build_real_protocol(self, address: IAddress) -> IProtocol | None:
         """

@@ -9,15 +9,15 @@ from typing import Any
 from twisted.internet.defer import CancelledError, Deferred
 from twisted.internet.interfaces import (
     IAddress,
-    IHalfCloseableDescriptor,
     IHalfCloseableProtocol,
-    ISSLTransport,
     IStreamClientEndpoint,
 )
 from twisted.internet.protocol import Factory, Protocol, connectionDone
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 from zope.interface import implementer
+
+from connlimit._sockets import can_half_close
 
 
 class RelayFactory(Factory):
@@ -81,7 +81,7 @@ class _End(Protocol):
         if other.said_all:
             other.transport.loseConnection()
             self.transport.loseConnection()
-        elif _can_half_close(other.transport):
+        elif can_half_close(other.transport):
             other.transport.loseWriteConnection()
         else:
             other.transport.loseConnection()
@@ -98,13 +98,6 @@ class _End(Protocol):
             if not self.said_all:
                 other.transport.unregisterProducer()
             other.transport.loseConnection()
-
-
-def _can_half_close(transport: object) -> bool:
-    """
-    Whether one direction can be closed alone. TLS in Twisted cannot: there the end of one is the end of both.
-    """
-    return IHalfCloseableDescriptor.providedBy(transport) and not ISSLTransport.providedBy(transport)
 
 
 class _ClientEnd(_End):

@@ -11,12 +11,13 @@ There is no transport and no protocol here. A connection is whatever provides
 
 These things can happen, and no others:
 
-    serve_at_once   new -> active      there is room and nobody waits
+    serve_at_once   new -> active      there is room and nobody waits, or the peer is exempt
     may_wait        new -> over        there is no place in the line (refused)
     wait            new -> waiting     it has joined the line
                     new -> over        the last place was taken meanwhile (refused)
     a slot frees    waiting -> active  it is its turn
-    wait_timeout    waiting -> over    refused
+    wait_timeout    waiting -> over    refused; likewise if the order of the line says that it is too late,
+                                       or if its peer is at its cap at its turn and must not wait
     drain           waiting -> over    refused
     depart          waiting -> over    its client went away
     finish          active -> over     its socket is gone; the slot is free
@@ -30,6 +31,9 @@ Whatever may have made room (a release, a departure, a refusal, a raised limit) 
 connection can end it, and others, before ``serve`` returns; such a nested call only returns,
 and the loop that is already running looks again. So nothing recurses, however long the line.
 
+One whose peer is at its cap steps aside when its turn comes, and others pass; it is called back when a
+connection of its peer ends. So each event moves one connection at the most, however many stand aside.
+
 The line holds its connections, since nobody else does: a paused transport is in no reactor. Those that are
 active are held weakly: a transport that the application pauses and forgets is closed by the garbage
 collector, as it would be without us, and its slot is reclaimed.
@@ -37,7 +41,10 @@ collector, as it would be without us, and its slot is reclaimed.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
+from functools import partial
+from heapq import nlargest
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 from weakref import ref
@@ -50,13 +57,16 @@ from zope.interface import implementer
 
 from connlimit import _descriptors
 from connlimit._drain import Drain
-from connlimit._line import Fifo
+from connlimit._dry_run import DryRun
+from connlimit._line import ORDERS, Line
+from connlimit._peers import peer_key
 from connlimit._settings import Settings, adjustable
-from connlimit.interfaces import IConnection, ILimit, ILimiterObserver
-from connlimit.limits import All, Total
-from connlimit.refusals import DESCRIPTORS, DRAINING, FULL, REASONS, TIMEOUT
+from connlimit.interfaces import IConnection, IKeyedLimit, ILimit, ILimiterObserver, IPort
+from connlimit.limits import All, PerKey, Rate, Total
+from connlimit.refusals import DESCRIPTORS, DRAINING, FULL, PEER, REASONS, TIMEOUT
 
 _AUDIT_INTERVAL = 1.0  # seconds
+_RATE_WINDOW = 10.0  # seconds
 
 
 @attrs.frozen
@@ -64,7 +74,8 @@ class Snapshot:
     """
     What a limiter has done since it was made, and what it holds now.
 
-    ``accepted`` is always ``active + waiting + finished + departed`` and all of ``refused``.
+    ``accepted`` is always ``active + waiting + finished + departed`` and all of ``refused``; the exempt are
+    counted apart.
 
     :ivar settings: the settings in force.
     :ivar active: connections that hold a slot.
@@ -78,7 +89,13 @@ class Snapshot:
     :ivar waits: connections that were served after a wait.
     :ivar wait_seconds: how long these have waited, all together.
     :ivar reclaimed: of the finished, those whose protocol was not told of the end of its socket.
+    :ivar idle_closed: connections that were closed because they were idle while others waited.
+    :ivar exempt: exempt connections that are served now.
+    :ivar exempted: exempt connections so far.
+    :ivar backlog: connections that the kernel has accepted and we have not, on all ports; None if it does
+        not tell.
     :ivar draining: whether the limiter is being drained.
+    :ivar dry_run: in a dry run, what would have happened without it; None otherwise.
     """
 
     settings: Settings
@@ -93,19 +110,24 @@ class Snapshot:
     waits: int
     wait_seconds: float
     reclaimed: int
+    idle_closed: int
+    exempt: int
+    exempted: int
+    backlog: int | None
     draining: bool
+    dry_run: Snapshot | None
 
 
 @implementer(IConnection)
-@attrs.frozen
+@attrs.define(eq=False)
 class _Remains:
     """
     What is known of a connection that was lost to garbage collection.
     """
 
     address: IAddress
+    slot: Any
     factory = None
-    slot = None
 
     def serve(self) -> None: ...
 
@@ -113,8 +135,15 @@ class _Remains:
 
     def abort(self) -> None: ...
 
+    def close(self) -> None: ...
+
+    def notify(self, data: bytes) -> None: ...
+
     def is_dead(self) -> bool:
         return True
+
+    def idle(self) -> float | None:
+        return None
 
 
 @adjustable
@@ -157,25 +186,29 @@ class Limiter:
         """
         self.settings = Settings().evolve({"max_connections": max_connections, **settings})
         self._clock = _checked_clock(clock) if clock is not None else None
-        self._total = Total(self.settings.max_connections)
-        further = tuple(limits)
-        limit = All((self._total, *further)) if further else self._total
-        limit.subscribe(self._serve_waiting)
-        # Bound once: a served connection costs one call for all limits together.
-        self._try_acquire = limit.try_acquire
-        self._release = limit.release
+        self._total = Total(None)
+        self._peers: PerKey | None = None
+        self._rate: Rate | None = None
+        self._further = tuple(limits)
+        for limit in self._further:
+            limit.subscribe(partial(self._may_have_room, limit))
 
         # The address of each connection that holds a slot, by a weak reference to it.
         self._active: dict[ref[IConnection], IAddress] = {}
+        # Those of them that are exempt and take none of the limits.
+        self._exempt: set[ref[IConnection]] = set()
         # References whose connections are no more. The collector can come at any instant, so it only
         # leaves them here; they are seen to at the next arrival, or within a second if somebody waits.
         self._collected: list[ref[IConnection]] = []
-        self._line = Fifo()
         self._timer: IDelayedCall | None = None
         self._audit_timer: IDelayedCall | None = None
+        # Who waits and has not had the notice yet, if there is one.
+        self._unnotified: dict[IConnection, float] = {}
         self._serving = False
         self._draining = False
+        self._dry_run: DryRun | None = None
         self._observers: tuple[ILimiterObserver, ...] = tuple(observers)
+        self._ports: list[IPort] = []
 
         self._accepted = 0
         self._finished = 0
@@ -184,6 +217,18 @@ class Limiter:
         self._waits = 0
         self._wait_seconds = 0.0
         self._reclaimed = 0
+        self._idle_closed = 0
+        self._exempted = 0
+        # Of how many had finished when, to tell the rate of releases.
+        self._release_marks = ((-math.inf, 0), (-math.inf, 0))
+
+        self._peer = peer_key(self.settings.peer_prefix)
+        self._is_exempt = self.settings.exempt
+        self._line = Line(ORDERS[self.settings.order](self.settings, self._peer))
+        self._order = self._line.order
+        self._set_limits()
+        if self.settings.dry_run:
+            self._switch_dry_run()
 
     def __repr__(self) -> str:
         return (
@@ -198,7 +243,7 @@ class Limiter:
         """
         How many connections hold a slot.
         """
-        return len(self._active) - len(self._collected)
+        return len(self._active) - len(self._collected) - len(self._exempt)
 
     @property
     def waiting(self) -> int:
@@ -221,11 +266,16 @@ class Limiter:
             finished=self._finished,
             departed=self._departed,
             refused=MappingProxyType(dict(self._refused)),
-            longest_wait=self.clock.seconds() - self._line.oldest()[1] if self._line else 0.0,
+            longest_wait=self.clock.seconds() - self._line.oldest()[1] if self.waiting else 0.0,
             waits=self._waits,
             wait_seconds=self._wait_seconds,
             reclaimed=self._reclaimed,
+            idle_closed=self._idle_closed,
+            exempt=len(self._exempt),
+            exempted=self._exempted,
+            backlog=self._backlog(),
             draining=self._draining,
+            dry_run=self._dry_run.snapshot() if self._dry_run else None,
         )
 
     def active_for(self, factory: object) -> list[IConnection]:
@@ -239,6 +289,13 @@ class Limiter:
         The connections that wait for a factory, longest waiting first. Looks at the whole line.
         """
         return [each for each in self._line if each.factory is factory]
+
+    @property
+    def needs_peers(self) -> bool:
+        """
+        Whether it matters who a connection's peer is.
+        """
+        return self._peers is not None or self.settings.order == "fair"
 
     # What can be changed
 
@@ -257,9 +314,11 @@ class Limiter:
     def clock(self, clock: IReactorTime) -> None:
         shift = _checked_clock(clock).seconds() - self.clock.seconds()
         self._stop_timers()
-        for connection in list(self._line):
-            self._line.add(connection, self._line.remove(connection) + shift)
+        arrivals = [(connection, self._line.arrival(connection) + shift) for connection in self._line]
         self._clock = clock
+        self._refill_line(arrivals)
+        self._unnotified = {each: arrived for each, arrived in arrivals if each in self._unnotified}
+        self._set_limits()
         self._start_timers()
 
     def reconfigure(self, **settings: Any) -> None:
@@ -279,10 +338,74 @@ class Limiter:
             return
         self.settings = new
         self._tell("reconfigured", changes)
-        if "wait_timeout" in changes:
+        if "dry_run" in changes:
+            self._switch_dry_run()
+        elif self._dry_run is not None:
+            self._dry_run.reconfigure(settings)
+        self._is_exempt = new.exempt
+        if "peer_prefix" in changes:
+            self._peer = peer_key(new.peer_prefix)
+        if _OF_THE_LINE & changes.keys():
+            self._refill_line([(connection, self._line.arrival(connection)) for connection in self._line])
+        if _OF_THE_LIMITS & changes.keys():
+            self._set_limits()
+        if _OF_THE_TIMERS & changes.keys():
             self._stop_timers()
             self._start_timers()
-        self._total.slots = new.max_connections
+        self._may_have_room()
+
+    def _set_limits(self) -> None:
+        """
+        Make the limits that the settings ask for. Looks at all active connections.
+        """
+        settings = self.settings
+        dry = settings.dry_run
+        self._total.slots = None if dry else settings.max_connections
+        if settings.max_per_peer is None or dry:
+            self._peers = None
+        else:
+            self._peers = PerKey(settings.max_per_peer, self._peer)
+            self._peers.count(address for slot, address in self._active.items() if slot not in self._exempt)
+        if self._rate is not None:
+            self._rate.stop()
+            self._rate = None
+        if settings.max_rate is not None and not dry:
+            self._rate = Rate(settings.max_rate, settings.max_burst, self._clock)
+            self._rate.subscribe(self._serve_waiting)
+        # The rate comes last: what it has given, nobody can give back.
+        limits = [each for each in (self._total, self._peers, *self._further, self._rate) if each is not None]
+        limit = All(limits) if len(limits) > 1 else self._total
+        # Bound once: a served connection costs one call for all limits together.
+        self._try_acquire = limit.try_acquire
+        self._release = limit.release
+        self._keyed = tuple(each for each in limits if IKeyedLimit.providedBy(each))
+
+    def _refill_line(self, arrivals: list[tuple[IConnection, float]]) -> None:
+        """
+        Let the same connections wait in the order that the settings ask for. Looks at the whole line.
+        """
+        order = ORDERS[self.settings.order](self.settings, self._peer)
+        self._line = Line(order)
+        self._order = order
+        for connection, arrived in arrivals:
+            self._line.add(connection, arrived)
+
+    def _switch_dry_run(self) -> None:
+        if self._dry_run is not None:
+            self.remove_observer(self._dry_run)
+            self._dry_run.report()
+            self._dry_run = None
+        if self.settings.dry_run:
+            changes = {"dry_run": False, "exempt": None, "notice": None, "idle_timeout": None}
+            shadow = Limiter(clock=self._clock, **attrs.asdict(self.settings, recurse=False) | changes)
+            self._dry_run = DryRun(self, shadow)
+            self.add_observer(self._dry_run)
+
+    def add_port(self, port: IPort) -> None:
+        """
+        Let the snapshot tell the backlog of a port, as long as that listens.
+        """
+        self._ports.append(port)
 
     def add_observer(self, observer: ILimiterObserver) -> None:
         """
@@ -306,8 +429,34 @@ class Limiter:
         :return: fires when no connection is active.
         """
         self._draining = True
+        if self._dry_run is not None:
+            self._dry_run.report()
         self.refuse_waiting(self._line)
         return self.wait_for(self._actives(), timeout)
+
+    def has_place(self) -> bool:
+        """
+        Whether a newcomer would be served or could wait, as far as that does not depend on its peer.
+        """
+        if self._draining:
+            return False
+        if not self._order and not self._line.returned and self._total.has_room():
+            return True
+        most = self.settings.max_waiting
+        return (most is None or self.waiting < most) and _descriptors.left_for_waiting()
+
+    def retry_after(self) -> float:
+        """
+        Seconds after which a newcomer would be served, by the rate of the last releases: between 1 and 3600.
+        """
+        now = self.clock.seconds()
+        (since, finished), (last, _) = self._release_marks
+        if now - last > _RATE_WINDOW:
+            self._release_marks = self._release_marks[1], (now, self._finished)
+        released = self._finished - finished
+        if not released or since == -math.inf:
+            return 1.0
+        return min(max((self.waiting + 1) * (now - since) / released, 1.0), 3600.0)
 
     # What happens to connections, told by the factories and protocols
 
@@ -317,7 +466,9 @@ class Limiter:
         """
         if self._collected:
             self._reclaim_collected()
-        if self._line or self._draining or not self._try_acquire(connection):
+        if self._is_exempt is not None and self._serve_exempt(connection):
+            return True
+        if self._order or self._line.returned or self._draining or not self._try_acquire(connection):
             return False
         self._accepted += 1
         connection.slot = slot = ref(connection, self._collect)
@@ -326,28 +477,33 @@ class Limiter:
             self._tell("served", connection, 0.0)
         return True
 
-    def may_wait(self, connection: IConnection) -> bool:
+    def may_wait(self, connection: IConnection, beyond: bool = False) -> str | None:
         """
         Whether there is a place in the line for a new connection. If there is none, it is refused herewith.
-        """
-        reason = self._no_place()
-        if reason is None:
-            return True
-        self._accepted += 1
-        self._count_refused(connection, reason)
-        return False
 
-    def wait(self, connection: IConnection) -> None:
+        :param beyond: let it wait although the line is full, because its port has stopped already.
+        :return: None, or the reason of the refusal.
+        """
+        reason = self._no_place(connection, beyond)
+        if reason is not None:
+            self._accepted += 1
+            self._count_refused(connection, reason)
+        return reason
+
+    def wait(self, connection: IConnection, beyond: bool = False) -> None:
         """
         Put a new connection into the line.
         """
         self._accepted += 1
-        reason = self._no_place()
+        reason = self._no_place(connection, beyond)
         if reason is not None:
             self._count_refused(connection, reason)
             connection.refuse(reason)
             return
-        self._line.add(connection, self.clock.seconds())
+        now = self.clock.seconds()
+        self._line.add(connection, now)
+        if self.settings.notice is not None:
+            self._unnotified[connection] = now
         self._start_timers()
         if self._observers:
             self._tell("waiting", connection)
@@ -374,11 +530,17 @@ class Limiter:
             return
         connection.slot = None
         del self._active[slot]
-        self._finished += 1
-        self._release(connection)
+        if self._exempt and slot in self._exempt:
+            self._exempt.discard(slot)
+        else:
+            self._finished += 1
+            self._release(connection)
         if self._observers:
             self._tell("finished", connection)
-        if self._line:
+        if self._line.outside:
+            self._call_back(connection)
+            self._serve_waiting()
+        elif self._order:
             self._serve_waiting()
 
     def reclaim(self, connection: IConnection, why: str) -> None:
@@ -413,16 +575,64 @@ class Limiter:
 
     # How it is done
 
-    def _no_place(self) -> str | None:
+    def _serve_exempt(self, connection: IConnection) -> bool:
+        """
+        Serve the connection without a slot, if it is exempt.
+        """
+        try:
+            if self._draining or not self._is_exempt(connection.address):
+                return False
+        except Exception:
+            self._log.failure("{exempt} failed to tell who is exempt; nobody is", exempt=self._is_exempt)
+            return False
+        connection.slot = slot = ref(connection, self._collect)
+        self._active[slot] = connection.address
+        self._exempt.add(slot)
+        self._exempted += 1
+        if self._observers:
+            self._tell("exempted", connection)
+        return True
+
+    def _no_place(self, connection: IConnection, beyond: bool) -> str | None:
         """
         Why there is no place in the line, or None if there is one.
         """
         if self._draining:
             return DRAINING
+        if self._must_not_wait(connection):
+            return PEER
         most = self.settings.max_waiting
-        if most is not None and len(self._line) >= most:
+        if most is not None and not beyond and self.waiting >= most:
             return FULL
         return None if _descriptors.left_for_waiting() else DESCRIPTORS
+
+    def _must_not_wait(self, connection: IConnection) -> bool:
+        """
+        Whether the connection's peer is at its cap and does not wait for it.
+        """
+        peers = self._peers
+        return (
+            peers is not None
+            and self.settings.over_peer == "refuse"
+            and not peers.has_room(peers.key(connection))
+        )
+
+    def _may_have_room(self, limit: ILimit | None = None) -> None:
+        """
+        A limit tells that there may be room, or, without one, anything may have changed.
+        """
+        if limit is None or IKeyedLimit.providedBy(limit):
+            self._line.call_all_back()
+        self._serve_waiting()
+
+    def _call_back(self, connection: IConnection) -> None:
+        """
+        Let one that stands aside return for each key of which this connection may have left room.
+        """
+        for limit in self._keyed:
+            key = limit.key(connection)
+            if limit.has_room(key):
+                self._line.call_back((limit, key))
 
     def _serve_waiting(self) -> None:
         """
@@ -432,21 +642,25 @@ class Limiter:
             return
         self._serving = True
         try:
-            while self._line and self._serve_next():
-                pass
+            while self._order or self._line.returned:
+                if not self._serve_next():
+                    break
         finally:
             self._serving = False
 
     def _serve_next(self) -> bool:
         """
-        Serve whose turn it is, if there is room.
+        Serve whose turn it is, if there is room; return False if there is none.
 
         In a frame of its own: a traceback from below, if somebody keeps it, keeps the connection that
         failed and not one that was served later.
         """
-        connection = self._line.next()
-        if not self._try_acquire(connection):
+        if not self._total.has_room():
             return False
+        connection = self._line.next(self.clock.seconds())
+        assert connection is not None  # somebody is in the order or has returned
+        if not self._try_acquire(connection):
+            return self._let_others_pass(connection)
         waited = self._leave_line(connection)
         self._waits += 1
         self._wait_seconds += waited
@@ -457,6 +671,23 @@ class Limiter:
         connection.serve()
         return True
 
+    def _let_others_pass(self, connection: IConnection) -> bool:
+        """
+        Take the connection out of the others' way, if it is its own key that has no room.
+
+        :return: whether it was.
+        """
+        if self._must_not_wait(connection):
+            self._leave_line(connection)
+            self._refuse(connection, PEER)
+            return True
+        for limit in self._keyed:
+            key = limit.key(connection)
+            if not limit.has_room(key):
+                self._line.step_aside(connection, (limit, key))
+                return True
+        return False
+
     def _leave_line(self, connection: IConnection) -> float:
         """
         Take a waiting connection out of the line.
@@ -464,7 +695,11 @@ class Limiter:
         :return: how many seconds it has waited.
         """
         waited = self.clock.seconds() - self._line.remove(connection)
-        if not self._line:
+        if self._unnotified:
+            self._unnotified.pop(connection, None)
+        if self._line.outside:
+            self._call_back(connection)
+        elif not self._order:
             self._stop_timers()
         return waited
 
@@ -487,12 +722,15 @@ class Limiter:
         """
         while self._collected:
             slot = self._collected.pop()
-            remains = _Remains(self._active.pop(slot))
-            self._finished += 1
-            self._count_reclaimed(remains, "its transport was forgotten, and garbage")
-            self._release(remains)
-            if self._observers:
-                self._tell("finished", remains)
+            self.reclaim(_Remains(self._active[slot], slot), "its transport was forgotten, and garbage")
+
+    def _backlog(self) -> int | None:
+        """
+        How many connections the ports have not accepted yet.
+        """
+        self._ports = [port for port in self._ports if port.is_listening()]
+        known = [backlog for port in self._ports if (backlog := port.backlog()) is not None]
+        return sum(known) if known else None
 
     def _count_reclaimed(self, connection: IConnection, why: str) -> None:
         self._reclaimed += 1
@@ -514,21 +752,36 @@ class Limiter:
 
     def _start_timers(self) -> None:
         """
-        While somebody waits: see to it that the first of the line is refused when its time is over, and
-        that no slot is held by a connection that is no more.
+        While somebody waits: see to it that whoever has waited too long is refused, that notices are given,
+        and that no slot is held by a connection that is no more.
 
-        One timer serves the whole line: it is set for whoever has waited longest, and is not moved
-        when that one leaves earlier; it then finds out and is set for the next.
+        One timer serves the whole line: it is set for whoever is due first, and is not moved when that one
+        leaves earlier; it then finds out and is set for the next.
         """
-        if not self._line:
+        if not self.waiting:
             return
         if self._audit_timer is None:
             self._audit_timer = self.clock.callLater(_AUDIT_INTERVAL, self._audit)
-        timeout = self.settings.wait_timeout
-        if self._timer is None and timeout is not None:
-            _, arrived = self._line.oldest()
-            delay = arrived + timeout - self.clock.seconds()
-            self._timer = self.clock.callLater(max(0.0, delay), self._time_over)
+        due = self._due()
+        if due is None:
+            return
+        if self._timer is not None:
+            if self._timer.getTime() <= due:
+                return
+            self._timer.cancel()
+        self._timer = self.clock.callLater(max(0.0, due - self.clock.seconds()), self._time_over)
+
+    def _due(self) -> float | None:
+        """
+        When there is something to do for somebody who waits, at the earliest.
+        """
+        times = [self._line.expires()]
+        timeout, notice = self.settings.wait_timeout, self.settings.notice
+        if timeout is not None:
+            times.append(self._line.oldest()[1] + timeout)
+        if notice is not None and self._unnotified:
+            times.append(next(iter(self._unnotified.values())) + notice[0])
+        return min((time for time in times if time is not None), default=None)
 
     def _stop_timers(self) -> None:
         if self._timer is not None:
@@ -540,31 +793,57 @@ class Limiter:
 
     def _audit(self) -> None:
         """
-        Free the slots whose connections are no more without anybody having been told.
-
-        It looks at every active connection, and so runs once a second at the most, and only while
-        somebody waits.
+        Free the slots of active connections whose sockets are no more, and of those that are idle.
         """
         self._audit_timer = None
         self._reclaim_collected()
-        for connection in self._actives():
+        actives = self._actives()
+        for connection in actives:
             if connection.is_dead():
                 connection.abort()
                 self.reclaim(connection, "its socket is gone or was reset, and it did not notice")
+        if self.settings.idle_timeout is not None:
+            self._close_idle(actives, self.settings.idle_timeout)
         self._serve_waiting()
         self._start_timers()
+
+    def _close_idle(self, actives: list[IConnection], timeout: float) -> None:
+        """
+        Close those who were idle for too long, longest idle first, as many as wait.
+        """
+        idle = [
+            (seconds, number)
+            for number, connection in enumerate(actives)
+            if connection.slot not in self._exempt and (seconds := connection.idle()) is not None
+        ]
+        for seconds, number in nlargest(self.waiting, idle):
+            if seconds >= timeout and actives[number].slot is not None:
+                self._idle_closed += 1
+                actives[number].close()
 
     def _time_over(self) -> None:
         self._timer = None
         now, timeout = self.clock.seconds(), self.settings.wait_timeout
-        while self._line and timeout is not None:
+        while self.waiting:
             connection, arrived = self._line.oldest()
-            if arrived + timeout > now:
+            if not self._line.has_expired(connection, now) and (timeout is None or arrived + timeout > now):
                 break
             self._leave_line(connection)
             self._refuse(connection, TIMEOUT)
+        if self.settings.notice is not None:
+            self._give_notice(now, *self.settings.notice)
         self._start_timers()
         self._serve_waiting()
+
+    def _give_notice(self, now: float, after: float, what: Any) -> None:
+        for connection, arrived in list(self._unnotified.items()):
+            if arrived + after > now:
+                break
+            del self._unnotified[connection]
+            try:
+                connection.notify(what if isinstance(what, bytes) else what(connection))
+            except Exception:
+                self._log.failure("{notice} failed to make a notice", notice=what)
 
     def _tell(self, event: str, *facts: Any) -> None:
         """
@@ -575,6 +854,12 @@ class Limiter:
                 getattr(observer, event)(self, *facts)
             except Exception:
                 self._log.failure("{observer} failed to observe {event}", observer=observer, event=event)
+
+
+#: The settings that change the order of the line, the limits, and the timers.
+_OF_THE_LINE = {"order", "peer_prefix", "adaptive_target", "adaptive_interval"}
+_OF_THE_LIMITS = {"max_connections", "max_per_peer", "peer_prefix", "max_rate", "max_burst", "dry_run"}
+_OF_THE_TIMERS = {"wait_timeout", "notice", "order", "adaptive_target", "adaptive_interval"}
 
 
 def _checked_clock(clock: object) -> IReactorTime:

@@ -7,6 +7,7 @@ from __future__ import annotations
 from functools import cache, lru_cache
 from typing import TYPE_CHECKING, Any
 
+from twisted.internet.address import UNIXAddress
 from twisted.internet.interfaces import (
     IAddress,
     IFileDescriptorReceiver,
@@ -14,6 +15,7 @@ from twisted.internet.interfaces import (
     IHandshakeListener,
     ILoggingContext,
     IProtocol,
+    ISSLTransport,
 )
 from twisted.internet.protocol import connectionDone
 from twisted.logger import Logger
@@ -21,12 +23,15 @@ from twisted.protocols.policies import ProtocolWrapper
 from twisted.python.failure import Failure
 from zope.interface import classImplements, implementer, providedBy
 
-from connlimit._sockets import is_dead
+from connlimit import _departures, _sockets
+from connlimit._peers import UNIXPeer
 from connlimit.interfaces import IConnection
-from connlimit.refusals import close
 
 if TYPE_CHECKING:
     from connlimit._factory import LimitingFactory
+
+
+_GRACE = 5.0  # seconds
 
 
 @implementer(IConnection)
@@ -44,6 +49,7 @@ class DelegatingProtocol(ProtocolWrapper):
     :ivar factory: the factory that made it.
     :ivar address: the client's address.
     :ivar slot: set by the limiter while the connection is active.
+    :ivar closing: whether the limiter has had it closed.
     """
 
     _log = Logger()
@@ -53,6 +59,7 @@ class DelegatingProtocol(ProtocolWrapper):
     wrappedProtocol: Any
 
     slot: Any = None
+    closing = False
     _outer_connection_lost: Any = None
 
     def __init__(self, factory: LimitingFactory, address: IAddress) -> None:
@@ -123,6 +130,7 @@ class DelegatingProtocol(ProtocolWrapper):
         ``connectionMade`` must stay paused. What arrived during the wait follows ``connectionMade``.
         """
         waiting: WaitingProtocol = self.wrappedProtocol
+        waiting.stop_watching()
         try:
             protocol = self.factory.build_real_protocol(self.address)
             if protocol is None:
@@ -152,15 +160,54 @@ class DelegatingProtocol(ProtocolWrapper):
 
     def refuse(self, reason: str) -> None:
         """
-        Let the refusal end the connection.
+        Put the protocol that refuses in the place of the one that waits.
         """
+        waiting: WaitingProtocol = self.wrappedProtocol
+        waiting.stop_watching()
         try:
-            protocol = close.build_protocol(self.address, reason)
+            protocol = self.factory.build_refusal(self.address, reason)
             if protocol is None:
                 self.transport.loseConnection()
+                return
+            self.transport.resumeProducing()
+            if not self.connected:
+                return
+            self.delegate_to(protocol)
+            protocol.makeConnection(self.transport)
+            for data in waiting.kept:
+                self.dataReceived(data)
         except Exception:
             self._log.failure("{connection} could not be refused", connection=self)
             self.abort()
+
+    def close(self) -> None:
+        """
+        Close the connection and, if it is not gone after some seconds, abort it.
+        """
+        self.closing = True
+        try:
+            self.transport.loseConnection()
+        except Exception:
+            self._log.failure("{connection} could not be closed", connection=self)
+        self.factory.limiter.clock.callLater(_GRACE, self._abort_if_connected)
+
+    def _abort_if_connected(self) -> None:
+        if self.connected:
+            self.abort()
+
+    def notify(self, data: bytes) -> None:
+        """
+        Write to a client that waits, unless it is still to shake hands.
+        """
+        if not self.is_tls:
+            self.transport.write(data)
+
+    @property
+    def is_tls(self) -> bool:
+        """
+        Whether the client speaks TLS.
+        """
+        return self.factory.is_tls or ISSLTransport.providedBy(self.transport)
 
     def abort(self) -> None:
         """
@@ -172,11 +219,17 @@ class DelegatingProtocol(ProtocolWrapper):
         except Exception:
             self._log.failure("{connection} could not be ended", connection=self)
 
+    def idle(self) -> float | None:
+        """
+        For how many seconds the socket has moved no byte; None if the kernel does not tell.
+        """
+        return None if self.closing else _sockets.idle(self.transport)
+
     def is_dead(self) -> bool:
         """
         Whether the socket is gone or was reset.
         """
-        return is_dead(self.transport)
+        return _sockets.is_dead(self.transport)
 
     def _take_log_prefix(self) -> None:
         """
@@ -200,22 +253,57 @@ class WaitingProtocol:  # type: ignore[misc]  # connectionMade is for makeConnec
     :ivar kept: what the transport delivered although it was paused, in order.
     """
 
-    __slots__ = ("connection", "kept")
+    __slots__ = ("_departures", "_descriptor", "connection", "kept")
 
     def __init__(self, connection: DelegatingProtocol) -> None:
         self.connection = connection
         self.kept: tuple[bytes, ...] = ()
+        self._departures: Any = None
 
     def makeConnection(self, transport: Any) -> None:
         transport.pauseProducing()
-        self.connection.factory.limiter.wait(self.connection)
+        connection = self.connection
+        sock = _sockets.socket_of(transport)
+        if sock is not None:
+            self._descriptor = sock.fileno()
+            self._departures = _departures.of(_sockets.lowest(transport).reactor)
+            self._departures.watch(self._descriptor, self)
+            if isinstance(connection.address, UNIXAddress):
+                connection.address = UNIXPeer(connection.address.name, _sockets.peer_uid(sock))
+        connection.factory.limiter.wait(connection, connection.factory.has_stopped_accepting)
 
     def dataReceived(self, data: bytes) -> None:
         # Seldom, and never more than twice: what TLS had decrypted already.
         self.kept += (data,)
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:
+        self.stop_watching()
         self.connection.factory.limiter.depart(self.connection)
+
+    # What the departures ask and tell
+
+    def departs_with(self, unread: bool) -> bool:
+        """
+        Whether a client has departed that closed its direction: if it sent something, that may be all it
+        had to say. TLS cannot even shake hands with such a client.
+        """
+        connection = self.connection
+        return not unread or connection.is_tls or connection.factory.limiter.settings.departed_on_half_close
+
+    def client_departed(self) -> None:
+        """
+        The client went away.
+        """
+        self.connection.factory.limiter.depart(self.connection)
+        self.connection.abort()
+
+    def stop_watching(self) -> None:
+        """
+        It does not wait any more.
+        """
+        if self._departures is not None:
+            self._departures.unwatch(self._descriptor, self)
+            self._departures = None
 
 
 # An event that the real protocol hears only if it provides an interface must reach it then, and must

@@ -7,34 +7,30 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import attrs
 from twisted.application.internet import StreamServerEndpointService
 from twisted.internet.defer import Deferred, ensureDeferred
 from twisted.internet.interfaces import IListeningPort, IProtocolFactory, IStreamServerEndpoint
-from zope.interface import implementer
 
+from connlimit._accepting import WatchedEndpoint
 from connlimit._factory import LimitingFactory
 from connlimit._limiter import Limiter
 
 
-@implementer(IStreamServerEndpoint)
-@attrs.frozen
-class LimitingEndpoint:
+class LimitingEndpoint(WatchedEndpoint):
     """
     An endpoint that puts a limiter before whatever listens on it.
 
     :ivar endpoint: where to listen.
     :ivar limiter: the limiter; every factory that listens here shares it.
+    :ivar when_full: ``refuse``, or ``stop-accepting``: while nobody can be served or wait, the port accepts
+        nobody, and the kernel's backlog holds those who come.
     """
-
-    endpoint: IStreamServerEndpoint
-    limiter: Limiter
 
     def listen(self, protocolFactory: IProtocolFactory) -> Deferred[IListeningPort]:
         """
         Listen on the endpoint, the limiter before the factory.
         """
-        return self.endpoint.listen(self.limit(protocolFactory))
+        return super().listen(self.limit(protocolFactory))
 
     def limit(self, factory: IProtocolFactory) -> IProtocolFactory:
         """
@@ -61,6 +57,7 @@ class LimitedService(StreamServerEndpointService):
         factory: IProtocolFactory,
         limiter: Limiter,
         drain_timeout: float | None = None,
+        when_full: str = "refuse",
     ) -> None:
         """
         :param endpoint: where to listen.
@@ -68,13 +65,14 @@ class LimitedService(StreamServerEndpointService):
         :param limiter: says how many at once.
         :param drain_timeout: seconds that active connections may take when the service is stopped;
             None does not wait for them, and leaves them open, as Twisted does.
-        :raises ValueError: for a wrong *drain_timeout*.
+        :param when_full: see `LimitingEndpoint`.
+        :raises ValueError: for a wrong *drain_timeout* or *when_full*.
         """
         if drain_timeout is not None and not 0 <= drain_timeout < math.inf:
             raise ValueError(
                 f"drain_timeout must be a number of seconds, 0 or more, or None, not {drain_timeout!r}"
             )
-        super().__init__(endpoint, LimitingFactory(factory, limiter))
+        super().__init__(WatchedEndpoint(endpoint, limiter, when_full), LimitingFactory(factory, limiter))
         self.drain_timeout = drain_timeout
 
     def privilegedStartService(self) -> None:

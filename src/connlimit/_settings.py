@@ -11,6 +11,10 @@ from typing import Any, TypeVar
 
 import attrs
 
+from connlimit._line import ORDERS
+from connlimit._peers import exempt_or_none, prefix_lengths
+from connlimit.refusals import CLOSE, refusal_of, unescaped
+
 C = TypeVar("C", bound=type)
 
 
@@ -20,24 +24,14 @@ class _Kind:
     What values a setting may have, in code and as text.
 
     :ivar right: the values that would be right, as the end of a sentence.
-    :ivar types: the types a value may have in code.
-    :ivar fits: whether a value of such a type is right.
-    :ivar parse: makes a value of a text, or raises ValueError.
+    :ivar convert: makes the setting's value of one that is given in code; TypeError or ValueError if that is
+        impossible.
+    :ivar parse: makes a value for *convert* of a text; ValueError if that is impossible.
     """
 
     right: str
-    types: tuple[type, ...]
-    fits: Callable[[Any], bool]
+    convert: Callable[[Any], Any]
     parse: Callable[[str], Any]
-
-    def check(self, instance: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
-        """
-        Be the validator of an attrs field.
-        """
-        if isinstance(value, bool) or not isinstance(value, self.types):
-            raise TypeError(self.wrong(attribute.name, value))
-        if not self.fits(value):
-            raise ValueError(self.wrong(attribute.name, value))
 
     def wrong(self, name: str, value: object) -> str:
         """
@@ -46,29 +40,109 @@ class _Kind:
         return f"{name} must be {self.right}, not {value!r}"
 
 
-def _or_none(parse: Callable[[str], Any]) -> Callable[[str], Any]:
-    return lambda text: None if text.lower() == "none" else parse(text)
+def _number(
+    *types: type, fits: Callable[[Any], bool], optional: bool = True
+) -> tuple[Callable[[Any], Any], Callable[[str], Any]]:
+    """
+    How a number is checked and parsed.
+    """
+
+    def convert(value: Any) -> Any:
+        if optional and value is None:
+            return None
+        if isinstance(value, bool) or not isinstance(value, types):
+            raise TypeError
+        if not fits(value):
+            raise ValueError
+        return value
+
+    def parse(text: str) -> Any:
+        return None if optional and text.lower() == "none" else types[-1](text)
+
+    return convert, parse
+
+
+def _above_zero(value: float) -> bool:
+    return 0 < value < math.inf
+
+
+def _one_of(*choices: str) -> _Kind:
+    def convert(value: Any) -> Any:
+        if value not in choices:
+            raise ValueError
+        return value
+
+    return _Kind(f"{', '.join(choices[:-1])} or {choices[-1]}", convert, str)
+
+
+def _flag(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError
+    return value
+
+
+def _parse_flag(text: str) -> bool:
+    return {"yes": True, "true": True, "on": True, "no": False, "false": False, "off": False}[text.lower()]
+
+
+def _name(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError
+    if not value:
+        raise ValueError
+    return value
+
+
+def _notice(value: Any) -> Any:
+    if value is None:
+        return None
+    after, what = value
+    if isinstance(after, bool) or not isinstance(after, (int, float)) or not _above_zero(after):
+        raise ValueError
+    if not isinstance(what, bytes) and not callable(what):
+        raise TypeError
+    return after, what
+
+
+def _parse_notice(text: str) -> Any:
+    if text.lower() == "none":
+        return None
+    after, _, what = text.partition(" ")
+    return float(after), unescaped(what)
 
 
 _COUNT = _Kind(
-    "a whole number, 0 or more, or None for no limit",
-    (int, type(None)),
-    lambda value: value is None or value >= 0,
-    _or_none(int),
+    "a whole number, 0 or more, or None for no limit", *_number(int, fits=lambda value: value >= 0)
 )
-_SECONDS = _Kind(
-    "a number of seconds above 0, or None for no limit",
-    (int, float, type(None)),
-    lambda value: value is None or 0 < value < math.inf,
-    _or_none(float),
+_SECONDS_OR_NONE = _Kind(
+    "a number of seconds above 0, or None for no limit", *_number(int, float, fits=_above_zero)
 )
-_NAME = _Kind("a text of at least one character", (str,), bool, str)
+_SECONDS = _Kind("a number of seconds above 0", *_number(int, float, fits=_above_zero, optional=False))
+_RATE = _Kind("a number above 0, or None for no limit", *_number(int, float, fits=_above_zero))
+_FLAG = _Kind("True or False (as text: yes or no)", _flag, _parse_flag)
+_PREFIX = _Kind(
+    "the prefix lengths of IPv4, 0 to 32, and IPv6, 0 to 128, such as (32, 64)",
+    prefix_lengths,
+    lambda text: tuple(int(part) for part in text.split(",")),
+)
+_EXEMPT = _Kind(
+    "IP networks, such as 127.0.0.0/8,::1, or a callable that is given an address",
+    exempt_or_none,
+    lambda text: [part.strip() for part in text.split(",") if part.strip()],
+)
+_REFUSAL = _Kind(
+    "close, reset, the name of a protocol (http, smtp, ftp, …), 'say TEXT', an IRefusal or a factory",
+    refusal_of,
+    str,
+)
+_NOTICE = _Kind(
+    "seconds above 0 and what is said then, such as (5, b'please wait'), or None", _notice, _parse_notice
+)
+_NAME = _Kind("a text of at least one character", _name, str)
 
 
 def _setting(default: Any, kind: _Kind, unit: str, help: str) -> Any:
-    return attrs.field(
-        default=default, validator=kind.check, metadata={"kind": kind, "unit": unit, "help": help}
-    )
+    return attrs.field(default=default, metadata={"kind": kind, "unit": unit, "help": help})
 
 
 @attrs.frozen(kw_only=True)
@@ -80,6 +154,27 @@ class Settings:
     max_connections: int | None = _setting(
         None, _COUNT, "connections", "how many connections are served at once"
     )
+    max_per_peer: int | None = _setting(
+        None, _COUNT, "connections", "how many connections of one peer are served at once"
+    )
+    peer_prefix: tuple[int, int] = _setting(
+        (32, 64), _PREFIX, "bits, bits", "how much of an IPv4 and of an IPv6 address makes a peer"
+    )
+    over_peer: str = _setting(
+        "wait",
+        _one_of("wait", "refuse"),
+        "",
+        "what becomes of a connection whose peer is at its cap: it waits, or is refused",
+    )
+    max_rate: float | None = _setting(
+        None, _RATE, "per second", "how many connections begin to be served in a second"
+    )
+    max_burst: int | None = _setting(
+        None,
+        _COUNT,
+        "connections",
+        "how many of these may begin at once; None: as many as in a second, at least 1",
+    )
     max_waiting: int | None = _setting(
         None,
         _COUNT,
@@ -87,7 +182,31 @@ class Settings:
         "how many connections may wait in the line; None: as many as the descriptors allow",
     )
     wait_timeout: float | None = _setting(
-        None, _SECONDS, "seconds", "how long a connection may wait before it is refused"
+        None, _SECONDS_OR_NONE, "seconds", "how long a connection may wait before it is refused"
+    )
+    order: str = _setting("fifo", _one_of(*ORDERS), "", "whose turn it is: the order of the line")
+    adaptive_target: float = _setting(
+        0.5, _SECONDS, "seconds", "order adaptive: the wait above which the line is too long"
+    )
+    adaptive_interval: float = _setting(
+        10.0, _SECONDS, "seconds", "order adaptive: for how long it may be too long before that is overload"
+    )
+    departed_on_half_close: bool = _setting(
+        False, _FLAG, "", "whether a waiting client that closes its direction, having sent data, has departed"
+    )
+    notice: tuple[float, Any] | None = _setting(
+        None, _NOTICE, "seconds, text", "what a waiting client is told once, after so many seconds"
+    )
+    idle_timeout: float | None = _setting(
+        None,
+        _SECONDS_OR_NONE,
+        "seconds",
+        "while somebody waits, close a served connection that moved no byte for so long (Linux)",
+    )
+    exempt: Any = _setting(None, _EXEMPT, "networks", "peers that are always served at once and take no slot")
+    refusal: Any = _setting(CLOSE, _REFUSAL, "", "what a refused client gets")
+    dry_run: bool = _setting(
+        False, _FLAG, "", "serve everybody, and report who would have waited or been refused"
     )
     name: str = _setting("default", _NAME, "", "what the limiter is called in logs and metrics")
 
@@ -98,15 +217,22 @@ class Settings:
         :raises TypeError: for an unknown setting or a value of a wrong type.
         :raises ValueError: for a wrong value.
         """
-        for name in changes:
-            if name not in FIELDS:
-                nearest = difflib.get_close_matches(name, FIELDS, 1)
-                hint = f"did you mean {nearest[0]}?" if nearest else f"there are {', '.join(FIELDS)}"
-                raise TypeError(f"{name} is not a setting; {hint}")
-        return attrs.evolve(self, **changes)
+        return attrs.evolve(self, **{name: _converted(name, value) for name, value in changes.items()})
 
 
 FIELDS: Mapping[str, attrs.Attribute[Any]] = attrs.fields_dict(Settings)
+
+
+def _converted(name: str, value: Any) -> Any:
+    if name not in FIELDS:
+        nearest = difflib.get_close_matches(name, FIELDS, 1)
+        hint = f"did you mean {nearest[0]}?" if nearest else f"there are {', '.join(FIELDS)}"
+        raise TypeError(f"{name} is not a setting; {hint}")
+    kind: _Kind = FIELDS[name].metadata["kind"]
+    try:
+        return kind.convert(value)
+    except (TypeError, ValueError) as error:
+        raise type(error)(kind.wrong(name, value)) from None
 
 
 def parse(texts: Mapping[str, str], spell: Callable[[str], str] = str) -> dict[str, Any]:
@@ -121,13 +247,9 @@ def parse(texts: Mapping[str, str], spell: Callable[[str], str] = str) -> dict[s
     for name, text in texts.items():
         kind: _Kind = FIELDS[name].metadata["kind"]
         try:
-            value = kind.parse(text)
-            fits = kind.fits(value)
-        except ValueError:
-            fits = False
-        if not fits:
-            raise ValueError(kind.wrong(spell(name), text))
-        values[name] = value
+            values[name] = kind.convert(kind.parse(text))
+        except (KeyError, TypeError, ValueError):
+            raise ValueError(kind.wrong(spell(name), text)) from None
     return values
 
 

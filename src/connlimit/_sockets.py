@@ -6,7 +6,43 @@ from __future__ import annotations
 
 import select
 import socket
+import struct
+import sys
 from typing import Any
+
+try:
+    import fcntl
+    import termios
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+from twisted.internet.interfaces import IHalfCloseableDescriptor, ISSLTransport
+
+_DONT_WAIT = getattr(socket, "MSG_DONTWAIT", 0)  # sockets of the reactor do not block anyway
+
+
+def can_half_close(transport: object) -> bool:
+    """
+    Whether one direction can be closed alone. TLS in Twisted cannot: there the end of one is the end of both.
+    """
+    return IHalfCloseableDescriptor.providedBy(transport) and not ISSLTransport.providedBy(transport)
+
+
+def lowest(transport: Any) -> Any:
+    """
+    The transport that has the socket: protocols that are transports, such as TLS, have it below them.
+    """
+    while hasattr(transport, "wrappedProtocol") and transport.transport is not None:
+        transport = transport.transport
+    return transport
+
+
+def socket_of(transport: Any) -> socket.socket | None:
+    """
+    The socket under a transport, if there is one and it is open.
+    """
+    sock = getattr(lowest(transport), "socket", None)
+    return sock if isinstance(sock, socket.socket) and sock.fileno() >= 0 else None
 
 
 def is_dead(transport: Any) -> bool:
@@ -15,9 +51,7 @@ def is_dead(transport: Any) -> bool:
 
     A peer that has closed its direction alone may still be served, so that does not count.
     """
-    # Protocols that are transports, such as TLS, have the socket's own transport below them.
-    while hasattr(transport, "wrappedProtocol") and transport.transport is not None:
-        transport = transport.transport
+    transport = lowest(transport)
     sock = getattr(transport, "socket", None)
     if sock is None:
         # Twisted's transports delete theirs when they are lost.
@@ -33,11 +67,87 @@ def is_dead(transport: Any) -> bool:
     events = sum(event for _, event in poll.poll(0))
     if events & (select.POLLERR | select.POLLNVAL):
         return True
-    return bool(events & select.POLLHUP) and not _has_unread(sock)
+    return bool(events & select.POLLHUP) and not unread(sock.fileno())
 
 
-def _has_unread(sock: socket.socket) -> bool:
+def unread(descriptor: int) -> bool:
+    """
+    Whether the peer of the socket with this descriptor has sent something that was not read yet.
+    """
+    if fcntl is None:
+        return False
     try:
-        return bool(sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT))
+        count = fcntl.ioctl(descriptor, termios.FIONREAD, bytes(4))
     except OSError:
         return False
+    return any(count)
+
+
+# Linux, include/uapi/linux/tcp.h, struct tcp_info: eight bytes, the first of which is the state, and then
+# numbers of four bytes each, of which these are some.
+_TCP_INFO = struct.Struct("B7x13I")
+_STATE, _UNACKED, _LAST_DATA_SENT, _LAST_DATA_RECEIVED = 0, 5, 10, 12
+_CLOSE, _CLOSE_WAIT = 7, 8  # include/net/tcp_states.h
+
+
+def _tcp_info(sock: socket.socket) -> tuple[int, ...] | None:
+    if not sys.platform.startswith("linux") or sock.family not in (socket.AF_INET, socket.AF_INET6):
+        return None
+    try:
+        return _TCP_INFO.unpack(sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO.size))
+    except (OSError, struct.error):
+        return None
+
+
+def idle(transport: Any) -> float | None:
+    """
+    For how many seconds the connection has moved no byte; None if the kernel does not tell.
+    """
+    sock = socket_of(transport)
+    info = _tcp_info(sock) if sock is not None else None
+    return None if info is None else min(info[_LAST_DATA_SENT], info[_LAST_DATA_RECEIVED]) / 1000
+
+
+def backlog(sock: socket.socket) -> int | None:
+    """
+    How many connections wait to be accepted on a listening socket; None if the kernel does not tell.
+    """
+    # For a listening socket "unacked" is the length of its accept queue (net/ipv4/tcp.c, tcp_get_info).
+    info = _tcp_info(sock)
+    return None if info is None else info[_UNACKED]
+
+
+def end_of(descriptor: int) -> bool | None:
+    """
+    Whether the peer of a socket has ended the connection for good (True) or closed its direction (False), as
+    far as can be told without reading; None if neither.
+    """
+    sock = socket.socket(fileno=descriptor)
+    try:
+        info = _tcp_info(sock)
+        if info is not None:
+            return {_CLOSE: True, _CLOSE_WAIT: False}.get(info[_STATE])
+        return None if sock.recv(1, socket.MSG_PEEK | _DONT_WAIT) else False
+    except BlockingIOError:
+        return None
+    except OSError:
+        return True
+    finally:
+        sock.detach()
+
+
+def peer_uid(sock: socket.socket) -> int | None:
+    """
+    The user ID of the process at the other end of a UNIX socket; None if the kernel does not tell.
+    """
+    try:
+        if hasattr(socket, "SO_PEERCRED"):  # Linux, unix(7): pid, uid, gid
+            credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+            return int(struct.unpack("3i", credentials)[1])
+        if (
+            sys.platform == "darwin" or "bsd" in sys.platform
+        ):  # unix(4): struct xucred begins with version, uid
+            return int(struct.unpack_from("2I", sock.getsockopt(0, 1, 128))[1])
+    except (OSError, struct.error):
+        pass
+    return None

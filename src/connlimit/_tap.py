@@ -13,7 +13,7 @@ from typing import Any
 
 from twisted.application.internet import SSLServer, StreamServerEndpointService, TCPServer, UNIXServer
 from twisted.application.service import IService, IServiceCollection, IServiceMaker, MultiService
-from twisted.internet.endpoints import clientFromString, serverFromString
+from twisted.internet.endpoints import clientFromString
 from twisted.internet.error import CannotListenError
 from twisted.internet.interfaces import IProtocolFactory
 from twisted.logger import Logger
@@ -22,9 +22,11 @@ from twisted.python import usage
 from twisted.python.reflect import namedAny
 
 from connlimit import _demonstration, _descriptors
+from connlimit._accepting import WatchedEndpoint, check_when_full
 from connlimit._factory import LimitingFactory
 from connlimit._forward import RelayFactory
 from connlimit._limiter import Limiter
+from connlimit._proxied import server_from_string
 from connlimit._service import LimitedService
 from connlimit._settings import FIELDS, parse
 
@@ -65,6 +67,12 @@ class Options(usage.Options):
         [name.replace("_", "-"), None, None, f"{field.metadata['help']} [{field.metadata['unit'] or 'text'}]"]
         for name, field in FIELDS.items()
     ] + [
+        [
+            "when-full",
+            None,
+            "refuse",
+            "what a port does when there is no place for one more: refuse, or stop-accepting",
+        ],
         ["forward", None, None, "relay to the server at this client endpoint, such as tcp:localhost:9000"],
         ["factory", None, None, "serve with this factory, or what this callable returns, as MODULE:NAME"],
     ]
@@ -103,6 +111,7 @@ class Options(usage.Options):
         """
         given = {name: self[name.replace("_", "-")] for name in FIELDS}
         try:
+            check_when_full(None, None, self["when-full"])
             self["settings"] = parse({k: v for k, v in given.items() if v is not None}, _spell)
         except ValueError as error:
             raise usage.UsageError(str(error)) from None
@@ -139,10 +148,10 @@ def _server_endpoint(reactor: Any, description: str) -> Any:
     """
     if "backlog=" not in description:
         try:
-            return serverFromString(reactor, f"{description}:backlog={_BACKLOG}")
+            return server_from_string(reactor, f"{description}:backlog={_BACKLOG}")
         except Exception:  # whatever is wrong is found and told without the backlog
             pass
-    return _endpoint("--listen", description, "tcp:8080", serverFromString, reactor)
+    return _endpoint("--listen", description, "tcp:8080", server_from_string, reactor)
 
 
 def _endpoint(option: str, description: str, example: str, make: Callable[..., Any], reactor: Any) -> Any:
@@ -199,7 +208,7 @@ def makeService(options: Options) -> MultiService:
         factory = _demonstration.site(limiter, reactor)
         service.hints = _demonstration.hints(options["listen"])
     for endpoint in options["endpoints"]:
-        LimitedService(endpoint, factory, limiter).setServiceParent(service)
+        LimitedService(endpoint, factory, limiter, when_full=options["when-full"]).setServiceParent(service)
     return service
 
 
@@ -210,12 +219,12 @@ def _add_plugin(service: MultiService, options: Options, limiter: Limiter) -> No
         inner = plugin.makeService(options.subOptions)
     except Exception as error:
         raise CannotStart(f"connlimit: {name} cannot be made with these options: {error}") from None
-    if not limit_service(inner, limiter):
+    if not limit_service(inner, limiter, options["when-full"]):
         raise CannotStart(f"connlimit: {name} has no service that listens, so there is nothing to limit")
     inner.setServiceParent(service)
 
 
-def limit_service(service: IService, limiter: Limiter) -> int:
+def limit_service(service: IService, limiter: Limiter, when_full: str = "refuse") -> int:
     """
     Put the limiter before every factory that listens in a tree of services.
 
@@ -224,8 +233,14 @@ def limit_service(service: IService, limiter: Limiter) -> int:
     found = 0
     if isinstance(service, StreamServerEndpointService):
         service.factory = LimitingFactory(service.factory, limiter)
+        service.endpoint = WatchedEndpoint(service.endpoint, limiter, when_full)
         found = 1
     elif isinstance(service, (TCPServer, SSLServer, UNIXServer)):
+        if when_full != "refuse":
+            raise CannotStart(
+                f"connlimit: --when-full must be refuse, not {when_full}, for a plugin that listens in the"
+                " way of this one"
+            )
         # They keep the arguments of listenTCP and its like; the factory is the second.
         if "factory" in service.kwargs:
             service.kwargs["factory"] = LimitingFactory(service.kwargs["factory"], limiter)
@@ -233,7 +248,7 @@ def limit_service(service: IService, limiter: Limiter) -> int:
             where, factory, *rest = service.args
             service.args = (where, LimitingFactory(factory, limiter), *rest)
         found = 1
-    return found + sum(limit_service(each, limiter) for each in IServiceCollection(service, ()))
+    return found + sum(limit_service(each, limiter, when_full) for each in IServiceCollection(service, ()))
 
 
 class _LimitedProgram(MultiService):

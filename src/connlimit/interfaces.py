@@ -4,7 +4,7 @@ The interfaces by which connlimit is extended: limits, lines, refusals and obser
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from twisted.internet.interfaces import IAddress, IProtocol, IProtocolFactory
@@ -38,9 +38,40 @@ class IConnection(Interface):
         It is ended at once, and what is still to be sent is dropped. Never raises.
         """
 
+    def close() -> None:
+        """
+        It is ended in good order or, if that takes more than some seconds, at once. Never raises.
+        """
+
+    def notify(data: bytes) -> None:
+        """
+        It waits, and its client is told something. Never raises.
+        """
+
+    def idle() -> float | None:
+        """
+        For how many seconds it has moved no byte; None if that cannot be told, or it is being closed.
+        """
+
     def is_dead() -> bool:
         """
         Whether the socket is gone, or was reset, although the connection has not been told. Never raises.
+        """
+
+
+class IPort(Interface):
+    """
+    A listening port, as its limiter sees it.
+    """
+
+    def is_listening() -> bool:
+        """
+        Whether it has not been closed.
+        """
+
+    def backlog() -> int | None:
+        """
+        How many connections wait to be accepted; None if there is no telling.
         """
 
 
@@ -72,6 +103,24 @@ class ILimit(Interface):
         Call *callback*, without arguments, whenever there may be room that was not there before.
 
         A call without room is harmless. Releases need not be announced to the limiter that made them.
+        """
+
+
+class IKeyedLimit(ILimit):
+    """
+    A limit that can have room for one connection and none for another, by a key that each has.
+
+    A connection whose key has no room lets others pass it in the line.
+    """
+
+    def key(connection: IConnection) -> Hashable:
+        """
+        The key of the connection, the same at every call.
+        """
+
+    def has_room(key: Hashable) -> bool:
+        """
+        Whether a connection of this key would get a slot.
         """
 
 
@@ -110,14 +159,35 @@ class IWaitingLine(Interface):
         :raises KeyError: if it does not wait here.
         """
 
-    def next() -> IConnection:
+    def arrival(connection: IConnection) -> float:
+        """
+        The time of the connection's arrival in seconds.
+
+        :raises KeyError: if it does not wait here.
+        """
+
+    def next(now: float) -> IConnection:
         """
         Whose turn it is. Only called while somebody waits.
+
+        :param now: the time in seconds.
         """
 
     def oldest() -> tuple[IConnection, float]:
         """
         Who has waited longest, and the time of its arrival in seconds. Only called while somebody waits.
+        """
+
+    def expires() -> float | None:
+        """
+        When the line itself may find that somebody has waited too long, whatever ``wait_timeout`` says.
+
+        :return: a time in seconds; None if it never does.
+        """
+
+    def has_expired(connection: IConnection, now: float) -> bool:
+        """
+        Whether the one who has waited longest is to be refused now.
         """
 
 
@@ -126,11 +196,14 @@ class IRefusal(Interface):
     What a refused client gets.
     """
 
-    def build_protocol(address: IAddress, reason: str) -> IProtocol | None:
+    def build_protocol(address: IAddress, reason: str, retry_after: float) -> IProtocol | None:
         """
         The protocol that speaks to the refused client, or None to close the connection without a word.
 
+        It should end the connection when it has spoken; if it is not over after some seconds, it is aborted.
+
         :param reason: ``full``, ``timeout``, ``peer``, ``descriptors`` or ``draining``.
+        :param retry_after: seconds after which the client would probably be served, as far as can be told.
         """
 
 
@@ -141,6 +214,11 @@ class ILimiterObserver(Interface):
     It is called after the event has taken effect. What it raises is logged and changes nothing.
     `connlimit.observers.LimiterObserver` has all methods, doing nothing.
     """
+
+    def exempted(limiter: Limiter, connection: IConnection) -> None:
+        """
+        The connection is exempt and is served without a slot.
+        """
 
     def waiting(limiter: Limiter, connection: IConnection) -> None:
         """

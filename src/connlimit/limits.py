@@ -5,12 +5,15 @@ Limits whose slots live in this process.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from types import MappingProxyType
+from typing import cast
 
+from twisted.internet.interfaces import IAddress, IDelayedCall, IReactorTime
 from twisted.logger import Logger
 from zope.interface import implementer
 
-from connlimit.interfaces import IConnection, ILimit
+from connlimit.interfaces import IConnection, IKeyedLimit, ILimit
 
 
 @implementer(ILimit)
@@ -42,6 +45,12 @@ class Total:
         for callback in self._subscribers:
             callback()
 
+    def has_room(self) -> bool:
+        """
+        Whether there is a free slot.
+        """
+        return self.in_use < self._slots
+
     def try_acquire(self, connection: IConnection) -> bool:
         """
         See `ILimit.try_acquire`.
@@ -62,6 +71,154 @@ class Total:
         See `ILimit.subscribe`.
         """
         self._subscribers.append(callback)
+
+
+@implementer(IKeyedLimit)
+class PerKey:
+    """
+    So many slots for each key. A key of which nothing is held is forgotten.
+    """
+
+    def __init__(self, slots: int | None, key: Callable[[IAddress], Hashable]) -> None:
+        """
+        :param slots: how many for each key; None for no limit.
+        :param key: gives the key of a client's address; None is never limited.
+        """
+        self._key = key
+        self._in_use: dict[Hashable, int] = {}
+        self._subscribers: list[Callable[[], None]] = []
+        self._slots: float = math.inf if slots is None else slots
+
+    @property
+    def slots(self) -> int | None:
+        """
+        How many slots there are for each key; None for no limit. Can be changed at any time.
+        """
+        return None if self._slots == math.inf else int(self._slots)
+
+    @slots.setter
+    def slots(self, slots: int | None) -> None:
+        self._slots = math.inf if slots is None else slots
+        for callback in self._subscribers:
+            callback()
+
+    def in_use(self) -> Mapping[Hashable, int]:
+        """
+        How many slots each key has taken, of those that have any.
+        """
+        return MappingProxyType(self._in_use)
+
+    def count(self, addresses: Iterable[IAddress]) -> None:
+        """
+        Count clients that hold a slot already.
+        """
+        for address in addresses:
+            key = self._key(address)
+            self._in_use[key] = self._in_use.get(key, 0) + 1
+
+    def key(self, connection: IConnection) -> Hashable:
+        """
+        See `IKeyedLimit.key`.
+        """
+        return self._key(connection.address)
+
+    def has_room(self, key: Hashable) -> bool:
+        """
+        See `IKeyedLimit.has_room`.
+        """
+        return key is None or self._in_use.get(key, 0) < self._slots
+
+    def try_acquire(self, connection: IConnection) -> bool:
+        """
+        See `ILimit.try_acquire`.
+        """
+        key = self.key(connection)
+        if not self.has_room(key):
+            return False
+        self._in_use[key] = self._in_use.get(key, 0) + 1
+        return True
+
+    def release(self, connection: IConnection) -> None:
+        """
+        See `ILimit.release`.
+        """
+        key = self.key(connection)
+        left = self._in_use[key] - 1
+        if left:
+            self._in_use[key] = left
+        else:
+            del self._in_use[key]
+
+    def subscribe(self, callback: Callable[[], None]) -> None:
+        """
+        See `ILimit.subscribe`.
+        """
+        self._subscribers.append(callback)
+
+
+@implementer(ILimit)
+class Rate:
+    """
+    So many slots taken in a second, however long they are held: a token bucket.
+    """
+
+    def __init__(self, rate: float, burst: int | None = None, clock: IReactorTime | None = None) -> None:
+        """
+        :param rate: how many in a second.
+        :param burst: how many at once at the most; None for as many as in a second, and at least one.
+        :param clock: where the time comes from; the reactor if not given.
+        """
+        self._rate = rate
+        self._most = max(1.0, rate if burst is None else burst)
+        self._clock = clock
+        self._tokens = self._most
+        self._counted = -math.inf
+        self._timer: IDelayedCall | None = None
+        self._subscribers: list[Callable[[], None]] = []
+
+    def try_acquire(self, connection: IConnection) -> bool:
+        """
+        See `ILimit.try_acquire`.
+        """
+        if self._clock is None:
+            from twisted.internet import reactor
+
+            self._clock = cast(IReactorTime, reactor)
+        now = self._clock.seconds()
+        self._tokens = min(self._most, self._tokens + (now - self._counted) * self._rate)
+        self._counted = now
+        # A little less than one will do: the timer is set for one, and sums of fractions are inexact.
+        if self._tokens > 1 - 1e-6:
+            self._tokens = max(0.0, self._tokens - 1)
+            return True
+        if self._timer is None:
+            self._timer = self._clock.callLater((1 - self._tokens) / self._rate, self._tell)
+        return False
+
+    def release(self, connection: IConnection) -> None:
+        """
+        See `ILimit.release`: the end of a connection makes no room.
+        """
+
+    def subscribe(self, callback: Callable[[], None]) -> None:
+        """
+        See `ILimit.subscribe`.
+        """
+        self._subscribers.append(callback)
+
+    def stop(self) -> None:
+        """
+        Tell nobody any more.
+        """
+        self._subscribers.clear()
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _tell(self) -> None:
+        self._timer = None
+        for callback in self._subscribers:
+            callback()
 
 
 @implementer(ILimit)

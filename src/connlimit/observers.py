@@ -20,6 +20,11 @@ class LimiterObserver:
     An observer that does nothing: override what you want to hear.
     """
 
+    def exempted(self, limiter: Limiter, connection: IConnection) -> None:
+        """
+        See `ILimiterObserver.exempted`.
+        """
+
     def waiting(self, limiter: Limiter, connection: IConnection) -> None:
         """
         See `ILimiterObserver.waiting`.

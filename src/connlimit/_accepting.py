@@ -1,0 +1,180 @@
+"""
+Ports that stop accepting while their limiter is full, and what their backlogs hold.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import attrs
+from twisted.internet.defer import Deferred
+from twisted.internet.interfaces import (
+    IDelayedCall,
+    IListeningPort,
+    IProtocolFactory,
+    IReadDescriptor,
+    IStreamServerEndpoint,
+)
+from twisted.logger import Logger
+from zope.interface import implementer
+
+from connlimit import _sockets
+from connlimit._factory import LimitingFactory
+from connlimit._limiter import Limiter
+from connlimit.interfaces import IConnection, IPort
+from connlimit.observers import LimiterObserver
+
+#: What a port can do when there is no place for one more.
+WHEN_FULL = ("refuse", "stop-accepting")
+
+_LOOK_INTERVAL = 1.0  # seconds
+
+
+def check_when_full(instance: object, attribute: object, value: object) -> None:
+    """
+    Be the validator of an attrs field.
+
+    :raises ValueError: if the value is not one of `WHEN_FULL`.
+    """
+    if value not in WHEN_FULL:
+        raise ValueError(f"when_full must be {' or '.join(WHEN_FULL)}, not {value!r}")
+
+
+@implementer(IStreamServerEndpoint)
+@attrs.frozen
+class WatchedEndpoint:
+    """
+    An endpoint whose limiter knows its ports, and whose ports may stop accepting.
+
+    :ivar endpoint: where to listen.
+    :ivar limiter: the limiter of the factories that listen here.
+    :ivar when_full: one of `WHEN_FULL`.
+    """
+
+    endpoint: IStreamServerEndpoint
+    limiter: Limiter
+    when_full: str = attrs.field(default="refuse", validator=check_when_full)
+
+    def listen(self, protocolFactory: IProtocolFactory) -> Deferred[IListeningPort]:
+        """
+        Listen on the endpoint.
+        """
+        return self.endpoint.listen(protocolFactory).addCallback(self._watch)
+
+    def _watch(self, port: Any) -> Any:
+        if hasattr(port, "socket"):
+            if self.when_full == "stop-accepting" and IReadDescriptor.providedBy(port):
+                self.limiter.add_port(_StoppingPort(self.limiter, port))
+            else:
+                self.limiter.add_port(_Port(port))
+        return port
+
+
+@implementer(IPort)
+class _Port:
+    """
+    A port that accepts whatever comes.
+    """
+
+    def __init__(self, port: Any) -> None:
+        self._port = port
+
+    def is_listening(self) -> bool:
+        """
+        See `IPort.is_listening`.
+        """
+        return bool(self._port.connected)
+
+    def backlog(self) -> int | None:
+        """
+        See `IPort.backlog`.
+        """
+        return _sockets.backlog(self._port.socket)
+
+
+class _StoppingPort(_Port, LimiterObserver):
+    """
+    A port that stops accepting when there is no place for one more, and goes on by itself.
+    """
+
+    _log = Logger()
+
+    def __init__(self, limiter: Limiter, port: Any) -> None:
+        super().__init__(port)
+        self._limiter = limiter
+        self._timer: IDelayedCall | None = None
+        factory = port.factory
+        while not isinstance(factory, LimitingFactory):  # TLS and the like may be around it
+            factory = factory.wrappedFactory
+        self._factory = factory
+        limiter.add_observer(self)
+
+    def waiting(self, limiter: Limiter, connection: IConnection) -> None:
+        """
+        See `ILimiterObserver.waiting`.
+        """
+        self._check()
+
+    def served(self, limiter: Limiter, connection: IConnection, waited: float) -> None:
+        """
+        See `ILimiterObserver.served`.
+        """
+        self._check()
+
+    def refused(self, limiter: Limiter, connection: IConnection, reason: str) -> None:
+        """
+        See `ILimiterObserver.refused`.
+        """
+        self._check()
+
+    def departed(self, limiter: Limiter, connection: IConnection, waited: float) -> None:
+        """
+        See `ILimiterObserver.departed`.
+        """
+        self._check()
+
+    def finished(self, limiter: Limiter, connection: IConnection) -> None:
+        """
+        See `ILimiterObserver.finished`.
+        """
+        self._check()
+
+    def reconfigured(self, limiter: Limiter, changes: dict[str, tuple[Any, Any]]) -> None:
+        """
+        See `ILimiterObserver.reconfigured`.
+        """
+        self._look_soon(0)  # they take effect after this call
+
+    def _check(self) -> None:
+        if not self.is_listening():
+            self._limiter.remove_observer(self)
+            self._cancel_look()
+            return
+        has_place = self._limiter.has_place()
+        if has_place == self._factory.has_stopped_accepting:
+            self._factory.has_stopped_accepting = not has_place
+            if has_place:
+                self._port.startReading()
+            else:
+                # This does not end the batch that is being accepted: those who still come wait, too.
+                self._port.stopReading()
+        if has_place:
+            self._cancel_look()
+        elif self._timer is None:
+            self._look_soon(_LOOK_INTERVAL)
+
+    def _look_soon(self, seconds: float) -> None:
+        """
+        Look again by and by: a descriptor may become free that is none of the limiter's.
+        """
+        self._cancel_look()
+        self._timer = self._limiter.clock.callLater(seconds, self._look)
+
+    def _look(self) -> None:
+        self._timer = None
+        self._check()
+
+    def _cancel_look(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None

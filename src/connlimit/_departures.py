@@ -1,0 +1,248 @@
+"""
+Departures: notices, by the kernel's word, that a client goes away while it waits.
+
+A paused transport is in no reactor, so nobody would notice before its turn. Its socket is watched here
+for the end of the connection alone: by an epoll (Linux) or a kqueue (macOS, BSD) that is itself a reader of
+the reactor, or, where there is neither, by a look at each once a second. Nothing is read.
+"""
+
+from __future__ import annotations
+
+import select
+from collections.abc import Iterable
+from contextlib import suppress
+from typing import Any, Protocol
+from weakref import WeakKeyDictionary
+
+from twisted.internet.interfaces import IReadDescriptor
+from twisted.logger import Logger
+from zope.interface import implementer
+
+from connlimit import _sockets
+
+_select: Any = select  # type checkers know that of their own platform alone
+
+_LOOK_INTERVAL = 1.0  # seconds
+
+#: The most events that are taken from the kernel at once, so that a crowd that leaves holds up nobody.
+_BATCH = 500
+
+
+class Watched(Protocol):
+    """
+    What is told when its client has gone.
+    """
+
+    def departs_with(self, unread: bool) -> bool:
+        """
+        Whether a client that closed its direction has departed.
+
+        :param unread: whether it had sent something that was not read.
+        """
+
+    def client_departed(self) -> None:
+        """
+        The client has departed.
+        """
+
+
+class _Kernel(Protocol):
+    """
+    Tells which of many sockets have ended.
+    """
+
+    def fileno(self) -> int: ...
+
+    def watch(self, descriptor: int) -> None: ...
+
+    def unwatch(self, descriptor: int) -> None: ...
+
+    def ended(self) -> Iterable[tuple[int, bool]]:
+        """
+        Which descriptors have ended, and whether for good, by a reset or an error.
+        """
+
+    def heard(self, descriptor: int) -> None:
+        """
+        The descriptor's peer has closed its direction, and may be told more: only a reset matters now.
+        """
+
+
+class _Epoll:
+    """
+    Linux, epoll(7).
+    """
+
+    def __init__(self) -> None:
+        self._epoll = select.epoll()
+        self.fileno = self._epoll.fileno
+
+    def watch(self, descriptor: int) -> None:
+        self._epoll.register(descriptor, select.EPOLLRDHUP)
+
+    def unwatch(self, descriptor: int) -> None:
+        with suppress(OSError):  # the kernel forgets those that are closed
+            self._epoll.unregister(descriptor)
+
+    def ended(self) -> Iterable[tuple[int, bool]]:
+        for descriptor, events in self._epoll.poll(0, _BATCH):
+            yield descriptor, bool(events & select.EPOLLERR)
+
+    def heard(self, descriptor: int) -> None:
+        # One call more, for the reset; or at once, if a UNIX socket was closed altogether.
+        self._epoll.modify(descriptor, select.EPOLLONESHOT)
+
+
+class _Kqueue:
+    """
+    macOS and the BSDs, kqueue(2).
+    """
+
+    def __init__(self) -> None:
+        self._kqueue = _select.kqueue()
+        self.fileno = self._kqueue.fileno
+
+    def _change(self, descriptor: int, flags: int) -> None:
+        event = _select.kevent(descriptor, filter=_select.KQ_FILTER_READ, flags=flags)
+        self._kqueue.control([event], 0, 0)
+
+    def watch(self, descriptor: int) -> None:
+        # Each change calls once: what a live client sends more is let pass.
+        self._change(descriptor, _select.KQ_EV_ADD | _select.KQ_EV_CLEAR)
+
+    def unwatch(self, descriptor: int) -> None:
+        with suppress(OSError):  # the kernel forgets those that are closed
+            self._change(descriptor, _select.KQ_EV_DELETE)
+
+    def ended(self) -> Iterable[tuple[int, bool]]:
+        for event in self._kqueue.control(None, _BATCH, 0):
+            if event.flags & _select.KQ_EV_EOF:
+                yield event.ident, bool(event.fflags)  # the socket's error
+
+    def heard(self, descriptor: int) -> None:
+        """
+        Nothing is to be done: the same state does not call again.
+        """
+
+
+@implementer(IReadDescriptor)
+class Departures:
+    """
+    Watches the sockets of those who wait.
+    """
+
+    _log = Logger()
+
+    def __init__(self, reactor: Any, kernel: _Kernel) -> None:
+        self._reactor = reactor
+        self._kernel = kernel
+        self._watched: dict[int, Watched] = {}
+        self._heard: set[int] = set()
+        self.fileno = kernel.fileno
+
+    def watch(self, descriptor: int, watched: Watched) -> None:
+        """
+        Tell *watched* when the client of the socket with this descriptor departs.
+        """
+        self._kernel.watch(descriptor)
+        if not self._watched:
+            self._reactor.addReader(self)
+        self._watched[descriptor] = watched
+
+    def unwatch(self, descriptor: int, watched: Watched) -> None:
+        """
+        Tell *watched* nothing any more. The socket may be closed, and its number another's.
+        """
+        if self._watched.get(descriptor) is not watched:
+            return
+        self._kernel.unwatch(descriptor)
+        self._heard.discard(descriptor)
+        del self._watched[descriptor]
+        if not self._watched:
+            self._reactor.removeReader(self)
+
+    def doRead(self) -> None:
+        """
+        Something has happened to some of the sockets.
+        """
+        for descriptor, for_good in self._kernel.ended():
+            watched = self._watched.get(descriptor)
+            if watched is None:
+                continue
+            if for_good or watched.departs_with(_sockets.unread(descriptor)):
+                watched.client_departed()
+            elif descriptor not in self._heard:
+                self._heard.add(descriptor)
+                self._kernel.heard(descriptor)
+
+    def logPrefix(self) -> str:
+        """
+        What the log calls this.
+        """
+        return "connlimit departures"
+
+    def connectionLost(self, reason: object) -> None:
+        """
+        The reactor shuts down.
+        """
+
+
+class Looks:
+    """
+    Looks at the sockets of those who wait once a second, where the kernel does not tell.
+    """
+
+    def __init__(self, reactor: Any) -> None:
+        self._reactor = reactor
+        self._watched: dict[int, Watched] = {}
+        self._timer: Any = None
+
+    def watch(self, descriptor: int, watched: Watched) -> None:
+        """
+        See `Departures.watch`.
+        """
+        self._watched[descriptor] = watched
+        if self._timer is None:
+            self._timer = self._reactor.callLater(_LOOK_INTERVAL, self._look)
+
+    def unwatch(self, descriptor: int, watched: Watched) -> None:
+        """
+        See `Departures.unwatch`.
+        """
+        if self._watched.get(descriptor) is watched:
+            del self._watched[descriptor]
+        if not self._watched and self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _look(self) -> None:
+        self._timer = self._reactor.callLater(_LOOK_INTERVAL, self._look)
+        for descriptor, watched in list(self._watched.items()):
+            if self._watched.get(descriptor) is watched:
+                state = _sockets.end_of(descriptor)
+                if state is not None and (state or watched.departs_with(_sockets.unread(descriptor))):
+                    watched.client_departed()
+
+
+_of_reactors: WeakKeyDictionary[Any, Departures | Looks] = WeakKeyDictionary()
+
+
+def of(reactor: Any) -> Departures | Looks:
+    """
+    What watches for departures in a reactor: one for all limiters.
+    """
+    departures = _of_reactors.get(reactor)
+    if departures is None:
+        departures = _of_reactors[reactor] = _make(reactor)
+    return departures
+
+
+def _make(reactor: Any) -> Departures | Looks:
+    if hasattr(reactor, "addReader"):
+        for name, kernel in (("epoll", _Epoll), ("kqueue", _Kqueue)):
+            if hasattr(select, name):
+                try:
+                    return Departures(reactor, kernel())
+                except OSError:  # no descriptor is left, or the system forbids it
+                    break
+    return Looks(reactor)

@@ -1,0 +1,112 @@
+"""
+Peers: what counts as one client, and which of them are exempt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from functools import lru_cache
+from ipaddress import IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
+from typing import Any
+
+import attrs
+from twisted.internet.address import UNIXAddress
+from twisted.internet.interfaces import IAddress
+
+Network = IPv4Network | IPv6Network
+
+
+class UNIXPeer(UNIXAddress):
+    """
+    The address of a client on a UNIX socket, with the user ID that its process has.
+    """
+
+    def __init__(self, name: bytes | None, uid: int | None) -> None:
+        super().__init__(name)
+        self.uid = uid
+
+
+def prefix_lengths(value: Sequence[int]) -> tuple[int, int]:
+    """
+    The prefix lengths of IPv4 and IPv6.
+
+    :raises TypeError: if these are not two whole numbers.
+    :raises ValueError: if one is out of range.
+    """
+    ipv4, ipv6 = value
+    if type(ipv4) is not int or type(ipv6) is not int:
+        raise TypeError
+    if not (0 <= ipv4 <= 32 and 0 <= ipv6 <= 128):
+        raise ValueError
+    return ipv4, ipv6
+
+
+def peer_key(prefix: tuple[int, int]) -> Callable[[IAddress], Hashable]:
+    """
+    The function that gives the peer of an address: a network of IPv4 or IPv6, as text, or whatever else tells
+    clients apart; None if nothing does, as on UNIX sockets.
+    """
+
+    @lru_cache(maxsize=4096)
+    def network(host: str) -> str:
+        try:
+            address = _address(host)
+        except ValueError:
+            return host
+        length = prefix[0] if address.version == 4 else prefix[1]
+        return str(ip_network((address, length), strict=False))
+
+    def peer(address: IAddress) -> Hashable:
+        host = getattr(address, "host", None)
+        if host is not None:
+            return network(host)
+        return getattr(address, "uid", None)
+
+    return peer
+
+
+def _address(host: str) -> Any:
+    """
+    The IP address; of an IPv4-mapped IPv6 address, the IPv4 one (RFC 4291, 2.5.5.2).
+    """
+    address = ip_address(host.partition("%")[0])
+    mapped = address.ipv4_mapped if isinstance(address, IPv6Address) else None
+    return mapped or address
+
+
+@attrs.frozen(repr=False)
+class Networks:
+    """
+    Says whether an address is in one of these networks.
+    """
+
+    networks: tuple[Network, ...]
+
+    def __repr__(self) -> str:
+        return ",".join(map(str, self.networks))
+
+    def __call__(self, address: IAddress) -> bool:
+        host = getattr(address, "host", None)
+        if host is None:
+            return False
+        try:
+            ip = _address(host)
+        except ValueError:
+            return False
+        return any(ip in network for network in self.networks)
+
+
+def exempt_or_none(value: Iterable[str] | Callable[[IAddress], bool] | None) -> Any:
+    """
+    What says whether an address is exempt; None if none is.
+
+    :param value: networks, or a callable.
+    :raises TypeError: if it is neither.
+    :raises ValueError: if one is no network.
+    """
+    if callable(value):
+        return value
+    if isinstance(value, str):
+        raise TypeError
+    networks = tuple(ip_network(each) for each in value or ())
+    return Networks(networks) if networks else None

@@ -1,0 +1,79 @@
+"""
+Refusals that are being said: how many at once, and how long each may take.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from twisted.internet.interfaces import IAddress, IDelayedCall, IProtocol
+from twisted.internet.protocol import Protocol, connectionDone
+from twisted.logger import Logger
+from twisted.python.failure import Failure
+
+from connlimit import _descriptors
+from connlimit._limiter import Limiter
+from connlimit.refusals import DESCRIPTORS, LINGER
+
+_log = Logger()
+
+#: How many refusals can be said at once in this process, if there is no limit of descriptors.
+_MOST = 1000
+
+_now = 0
+
+
+def build(limiter: Limiter, address: IAddress, reason: str) -> IProtocol | None:
+    """
+    The protocol that refuses a client of the limiter, or None to close the connection without a word.
+
+    That is so, too, when no descriptor can be spared, or too many others are being refused.
+    """
+    if reason == DESCRIPTORS or _now >= _most():
+        return None
+    try:
+        protocol = limiter.settings.refusal.build_protocol(address, reason, limiter.retry_after())
+    except Exception:
+        _log.failure("{refusal} failed to build a protocol", refusal=limiter.settings.refusal)
+        return None
+    return None if protocol is None else _Refusing(limiter, protocol)
+
+
+def _most() -> int:
+    descriptors = _descriptors.limit()
+    return _MOST if descriptors is None else _descriptors.reserve(descriptors) // 2
+
+
+class _Refusing(Protocol):
+    """
+    Has a refusal's protocol speak, and aborts it when its time is over.
+    """
+
+    transport: Any
+
+    def __init__(self, limiter: Limiter, protocol: IProtocol) -> None:
+        self._limiter = limiter
+        self._protocol = protocol
+        self._timer: IDelayedCall | None = None
+
+    def connectionMade(self) -> None:
+        global _now
+        _now += 1
+        self._timer = self._limiter.clock.callLater(LINGER, self._abort)
+        self._protocol.makeConnection(self.transport)
+
+    def dataReceived(self, data: bytes) -> None:
+        self._protocol.dataReceived(data)
+
+    def connectionLost(self, reason: Failure = connectionDone) -> None:
+        global _now
+        _now -= 1
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        self._protocol.connectionLost(reason)
+
+    def _abort(self) -> None:
+        self._timer = None
+        end = getattr(self.transport, "abortConnection", None) or self.transport.loseConnection
+        end()
