@@ -30,10 +30,12 @@ class FakeConnection:
     :ivar closed: whether the socket is gone.
     """
 
-    def __init__(self, clock: Clock, *, at_once: bool = False, number: int = 0) -> None:
+    def __init__(
+        self, clock: Clock, *, at_once: bool = False, number: int = 0, host: str = "127.0.0.1"
+    ) -> None:
         self.clock = clock
         self.at_once = at_once
-        self.address = IPv4Address("TCP", "127.0.0.1", 10000 + number)
+        self.address = IPv4Address("TCP", host, 10000 + number)
         self.protocol: IProtocol | None = None
         self.received = b""
         self.closed = False

@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from twisted.logger import LogLevel, formatEvent, globalLogPublisher
 
 #: How long anything on this machine may take before a test gives up, in seconds.
 PATIENCE = 30.0
@@ -163,6 +164,36 @@ def read_all(client: socket.socket) -> bytes:
     while chunk := client.recv(65536):
         chunks.append(chunk)
     return b"".join(chunks)
+
+
+class Log:
+    """
+    The log while a context lasts.
+    """
+
+    def __enter__(self) -> Log:
+        self.events: list[dict[str, object]] = []
+        globalLogPublisher.addObserver(self.events.append)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        globalLogPublisher.removeObserver(self.events.append)
+
+    def warnings(self) -> list[dict[str, object]]:
+        """
+        What connlimit warns of.
+        """
+        return [
+            event
+            for event in self.events
+            if event["log_level"] is LogLevel.warn and event["log_namespace"].startswith("connlimit")
+        ]
+
+    def texts(self) -> list[str]:
+        """
+        What connlimit says, as text.
+        """
+        return [formatEvent(event) for event in self.events if event["log_namespace"].startswith("connlimit")]
 
 
 def make_certificate(folder: Path) -> Path:

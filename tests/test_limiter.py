@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import pytest
 from fakes import ApplicationError, FakeConnection, RecordingFactory
+from support import Log
 from twisted.internet.task import Clock
 from twisted.trial.unittest import SynchronousTestCase
 from zope.interface import implementer
@@ -18,6 +19,7 @@ from zope.interface.verify import verifyObject
 from connlimit import Limiter, LimitingFactory, _descriptors
 from connlimit._settings import FIELDS
 from connlimit.interfaces import IConnection, ILimit, ILimiterObserver
+from connlimit.limits import PerKey
 from connlimit.observers import LimiterObserver
 
 
@@ -34,7 +36,7 @@ class LimiterTestCase(SynchronousTestCase):
         self.clients: list[FakeConnection] = []
         return self.limiter
 
-    def connect(self, count: int = 1, **how: bool) -> list[FakeConnection]:
+    def connect(self, count: int = 1, **how: object) -> list[FakeConnection]:
         new = [
             FakeConnection(self.clock, number=len(self.clients) + index, **how).connect(self.factory)
             for index in range(count)
@@ -663,3 +665,347 @@ class DrainTests(LimiterTestCase):
         limiter.drain()
         self.assertEqual(self.served(), [])
         self.assert_counts(refused={"draining": 5})
+
+
+class PeerTests(LimiterTestCase):
+    """
+    So many connections of one peer are served at once; the others let those behind them pass.
+    """
+
+    def test_a_peer_at_its_cap_does_not_block_others(self) -> None:
+        self.limited(10, max_per_peer=2)
+        greedy = self.connect(4, host="10.0.0.1")
+        self.connect(1, host="10.0.0.2")
+        self.assert_counts(active=3, waiting=2)
+        self.assertEqual(self.served(), [0, 1, 4])
+        self.close(greedy[0])
+        self.assertEqual(self.served(), [0, 1, 4, 2])
+        self.assert_counts(active=3, waiting=1)
+
+    def test_a_newcomer_is_served_past_a_line_of_those_who_cannot_be(self) -> None:
+        self.limited(10, max_per_peer=1, max_waiting=2)
+        self.connect(3, host="10.0.0.1")
+        self.assert_counts(active=1, waiting=2)
+        self.connect(1, host="10.0.0.2")
+        self.assert_counts(active=2, waiting=2, refused={})
+
+    def test_who_let_others_pass_goes_before_those_who_came_later(self) -> None:
+        self.limited(2, max_per_peer=1)
+        first, blocked, other, last = (
+            self.connect(1, host=host)[0] for host in ("10.0.0.1", "10.0.0.1", "10.0.0.2", "10.0.0.3")
+        )
+        self.assertEqual(self.served(), [0, 2])
+        self.close(first)
+        self.assertEqual(self.served(), [0, 2, 1])
+        self.close(other)
+        self.assertEqual(self.served(), [0, 2, 1, 3])
+        self.close(blocked, last)
+        self.assert_counts(active=0, waiting=0, finished=4)
+
+    def test_when_one_that_stood_aside_leaves_the_next_of_its_peer_is_served(self) -> None:
+        self.limited(2, max_per_peer=1, wait_timeout=10)
+        first, *waiting = self.connect(4, host="10.0.0.1")
+        waiting[0].deliver_although_paused(b"x")
+        self.factory.limiter.depart(waiting[0].protocol)
+        self.close(first)
+        self.assertEqual(self.served(), [0, 2])
+        self.clock.advance(10)
+        self.turn()
+        self.assert_counts(waiting=0, departed=1, refused={"timeout": 1})
+
+    def test_over_the_cap_a_peer_can_be_refused(self) -> None:
+        self.limited(10, max_per_peer=1, over_peer="refuse")
+        _, refused = self.connect(2, host="10.0.0.1")
+        self.assertTrue(refused.closed)
+        self.assert_counts(active=1, waiting=0, refused={"peer": 1})
+
+    def test_who_waits_for_another_reason_is_refused_if_its_peer_is_at_its_cap_at_its_turn(self) -> None:
+        self.limited(1, max_per_peer=1, over_peer="refuse")
+        other = self.connect(1, host="10.0.0.9")[0]
+        self.connect(2, host="10.0.0.1")
+        self.limiter.max_connections = 3
+        self.turn()
+        self.assert_counts(active=2, waiting=0, refused={"peer": 1})
+        self.close(other)
+
+    def test_peers_are_networks_and_mapped_addresses_are_ipv4(self) -> None:
+        self.limited(10, max_per_peer=1, peer_prefix=(24, 64))
+        for host in ("10.0.0.1", "10.0.0.2", "::ffff:10.0.0.3", "10.0.1.1", "2001:db8::1", "2001:db8::2"):
+            self.connect(1, host=host)
+        self.assertEqual(self.served(), [0, 3, 4])
+
+    def test_a_cap_that_is_set_while_running_counts_who_is_there(self) -> None:
+        self.limited(10)
+        there = self.connect(3, host="10.0.0.1")
+        self.limiter.max_per_peer = 2
+        self.connect(1, host="10.0.0.1")
+        self.assert_counts(active=3, waiting=1)
+        self.close(*there[:2])
+        self.assert_counts(active=2, waiting=0)
+        self.limiter.peer_prefix = (0, 0)
+        self.connect(1, host="10.9.9.9")
+        self.assert_counts(active=2, waiting=1)
+        self.limiter.max_per_peer = None
+        self.turn()
+        self.assert_counts(active=3, waiting=0)
+
+    def test_a_raised_cap_serves_those_who_stand_aside(self) -> None:
+        self.limited(10, max_per_peer=1)
+        self.connect(5, host="10.0.0.1")
+        self.limiter.max_per_peer = 3
+        self.turn()
+        self.assertEqual(self.served(), [0, 1, 2])
+
+    def test_a_limit_by_any_key_lets_others_pass_too(self) -> None:
+        by_parity = PerKey(1, lambda address: address.port % 2)
+        self.limited(10, limits=[by_parity])
+        self.connect(4)
+        self.assertEqual(self.served(), [0, 1])
+        by_parity.slots = 2
+        self.turn()
+        self.assertEqual(self.served(), [0, 1, 2, 3])
+
+
+class OrderTests(LimiterTestCase):
+    """
+    Whose turn it is.
+    """
+
+    def turns(self, order: str, hosts: list[str]) -> list[int]:
+        self.limited(0, order=order)
+        for host in hosts:
+            self.connect(1, host=host)
+            self.clock.advance(0.1)
+        for room in range(1, len(hosts) + 1):
+            self.limiter.max_connections = room
+            self.turn()
+        return self.served()
+
+    def test_fifo_serves_the_oldest_first(self) -> None:
+        self.assertEqual(self.turns("fifo", ["10.0.0.1"] * 4), [0, 1, 2, 3])
+
+    def test_lifo_serves_the_newest_first(self) -> None:
+        self.assertEqual(self.turns("lifo", ["10.0.0.1"] * 4), [3, 2, 1, 0])
+
+    def test_fair_gives_each_peer_its_turn(self) -> None:
+        hosts = ["10.0.0.1", "10.0.0.1", "10.0.0.1", "10.0.0.2", "10.0.0.3", "10.0.0.2"]
+        self.assertEqual(self.turns("fair", hosts), [0, 3, 4, 1, 5, 2])
+
+    def test_adaptive_serves_the_newest_and_refuses_the_oldest_when_it_is_overloaded(self) -> None:
+        self.limited(1, order="adaptive", adaptive_target=1, adaptive_interval=5)
+        active = self.connect()[0]
+        self.connect(3)
+        self.clock.advance(5.5)
+        self.connect(2)
+        self.clock.advance(0.4)
+        self.assert_counts(waiting=5, refused={})
+        self.clock.advance(0.1)
+        self.turn()
+        self.assert_counts(waiting=2, refused={"timeout": 3})
+        self.close(active)
+        self.assertEqual(self.served(), [0, 5])
+
+    def test_those_who_wait_stay_and_keep_their_times_when_the_order_is_switched(self) -> None:
+        self.limited(1, wait_timeout=10)
+        active = self.connect()[0]
+        self.connect()
+        self.clock.advance(4)
+        self.connect(2)
+        self.limiter.order = "lifo"
+        self.assert_counts(waiting=3)
+        self.assertEqual(self.limiter.snapshot().longest_wait, 4)
+        self.close(active)
+        self.assertEqual(self.served(), [0, 3])
+        self.clock.advance(6)
+        self.turn()
+        self.assert_counts(waiting=1, refused={"timeout": 1})
+
+
+class ExemptTests(LimiterTestCase):
+    """
+    The exempt are served at once, take no slot, and are counted apart.
+    """
+
+    def test_they_pass_a_full_limiter_and_delay_nobody(self) -> None:
+        self.limited(1, exempt=["192.0.2.0/24"])
+        first = self.connect(2)[0]
+        exempt = self.connect(3, host="192.0.2.7")
+        self.assert_counts(active=1, waiting=1, exempt=3, exempted=3, accepted=2)
+        self.close(exempt[0])
+        self.assert_counts(active=1, waiting=1, exempt=2, finished=0)
+        self.close(first)
+        self.assert_counts(active=1, waiting=0, exempt=2, finished=1)
+
+    def test_a_callable_can_tell_who_is_exempt(self) -> None:
+        self.limited(0, exempt=lambda address: address.port == 10001)
+        self.connect(3)
+        self.assert_counts(active=0, waiting=2, exempt=1)
+
+    def test_if_it_fails_nobody_is(self) -> None:
+        def fail(address: object) -> bool:
+            raise ApplicationError
+
+        self.limited(0, exempt=fail)
+        self.connect()
+        self.assert_counts(waiting=1, exempt=0)
+        self.assertEqual(len(self.flushLoggedErrors(ApplicationError)), 1)
+
+    def test_a_drained_limiter_has_no_exempt(self) -> None:
+        self.limited(1, exempt=["127.0.0.1"])
+        self.limiter.drain()
+        self.assertTrue(self.connect()[0].closed)
+
+
+class RateTests(LimiterTestCase):
+    """
+    So many connections begin to be served in a second; more wait.
+    """
+
+    def test_more_than_the_burst_wait_and_are_served_at_the_rate(self) -> None:
+        self.limited(None, max_rate=10, max_burst=3)
+        self.connect(6)
+        self.assert_counts(active=3, waiting=3)
+        for served in (4, 5, 6):
+            self.clock.advance(0.1)
+            self.turn()
+            self.assert_counts(active=served)
+
+    def test_the_burst_is_a_second_of_the_rate_if_none_is_given(self) -> None:
+        self.limited(None, max_rate=4)
+        self.connect(6)
+        self.assert_counts(active=4, waiting=2)
+
+    def test_a_limit_without_room_takes_nothing_of_the_rate(self) -> None:
+        self.limited(1, max_rate=10, max_burst=2)
+        first = self.connect(3)[0]
+        self.close(first)
+        self.assert_counts(active=1, waiting=1)
+
+    def test_it_can_be_lifted_while_some_wait_for_it(self) -> None:
+        self.limited(None, max_rate=0.1, max_burst=1)
+        self.connect(3)
+        self.limiter.max_rate = None
+        self.turn()
+        self.assert_counts(active=3, waiting=0)
+
+
+class NoticeTests(LimiterTestCase):
+    """
+    A waiting client can be told something, once.
+    """
+
+    def test_each_is_told_after_its_own_wait(self) -> None:
+        self.limited(0, notice=(5, b"please wait"))
+        first = self.connect()[0]
+        self.clock.advance(2)
+        second = self.connect()[0]
+        self.clock.advance(3)
+        self.assertEqual((first.received, second.received), (b"please wait", b""))
+        self.clock.advance(60)
+        self.assertEqual((first.received, second.received), (b"please wait", b"please wait"))
+
+    def test_who_is_served_before_is_told_nothing(self) -> None:
+        self.limited(0, notice=(5, b"please wait"))
+        first = self.connect()[0]
+        self.limiter.max_connections = 1
+        self.clock.advance(5)
+        self.assertEqual(first.received, b"")
+
+    def test_it_can_be_made_for_each(self) -> None:
+        self.limited(0, notice=(1, lambda connection: str(connection.address.port).encode()))
+        self.connect(2)
+        self.clock.advance(1)
+        self.assertEqual([client.received for client in self.clients], [b"10000", b"10001"])
+
+    def test_a_failure_harms_nobody(self) -> None:
+        self.limited(0, notice=(1, lambda connection: 1 / 0))
+        self.connect(2)
+        self.clock.advance(1)
+        self.assertEqual(len(self.flushLoggedErrors(ZeroDivisionError)), 2)
+        self.assert_counts(waiting=2)
+
+
+class DryRunTests(LimiterTestCase):
+    """
+    A dry run serves everybody, and finds out what would have happened.
+    """
+
+    def test_everybody_is_served_and_the_waits_are_those_of_the_real_releases(self) -> None:
+        self.limited(1, max_waiting=1, dry_run=True)
+        first, second, third = self.connect(3)
+        self.assert_counts(active=3, waiting=0, refused={})
+        would = self.limiter.snapshot().dry_run
+        self.assertEqual((would.active, would.waiting, would.refused["full"]), (1, 1, 1))
+        self.clock.advance(2)
+        self.close(first)
+        would = self.limiter.snapshot().dry_run
+        self.assertEqual((would.active, would.waiting, would.waits, would.wait_seconds), (1, 0, 1, 2.0))
+        self.close(second, third)
+        would = self.limiter.snapshot().dry_run
+        self.assertEqual((would.active, would.finished), (0, 2))
+
+    def test_who_ends_before_its_turn_would_have_departed(self) -> None:
+        self.limited(1, dry_run=True)
+        _, second = self.connect(2)
+        self.close(second)
+        self.assertEqual(self.limiter.snapshot().dry_run.departed, 1)
+
+    def test_caps_of_peers_and_rates_are_not_in_force_either(self) -> None:
+        self.limited(1, max_per_peer=1, max_rate=0.1, dry_run=True)
+        self.connect(3)
+        self.assert_counts(active=3, waiting=0)
+
+    def test_when_it_is_over_the_limit_counts_who_is_there(self) -> None:
+        self.limited(2, dry_run=True)
+        there = self.connect(3)
+        self.limiter.dry_run = False
+        self.connect()
+        self.assert_counts(active=3, waiting=1)
+        self.close(*there[:2])
+        self.assert_counts(active=2, waiting=0)
+        self.assertIsNone(self.limiter.snapshot().dry_run)
+
+    def test_the_suggested_limit_would_have_served_99_percent_at_once(self) -> None:
+        self.limited(1, dry_run=True)
+        with Log() as log:
+            for _ in range(199):
+                self.close(*self.connect())
+            self.close(*self.connect(10))
+            self.limiter.dry_run = False
+        self.assertIn("with max_connections=8, 99 % would not have waited", log.texts()[-1])
+        self.assertIn("of 209 connections, 9 would have waited", log.texts()[-2])
+
+    def test_it_is_logged_once_a_minute_if_anything_happens(self) -> None:
+        self.limited(1, dry_run=True)
+        with Log() as log:
+            self.close(*self.connect())
+            self.clock.advance(60)
+            self.clock.advance(600)
+        self.assertEqual(len(log.texts()), 1)
+
+    def test_a_changed_setting_is_tried_out_at_once(self) -> None:
+        self.limited(1, dry_run=True)
+        self.connect(2)
+        self.assertEqual(self.limiter.snapshot().dry_run.waiting, 1)
+        self.limiter.max_connections = 2
+        self.assertEqual(self.limiter.snapshot().dry_run.waiting, 0)
+
+
+class RetryAfterTests(LimiterTestCase):
+    """
+    When to come again is told by the rate of the last releases.
+    """
+
+    def test_it_is_the_time_that_the_line_will_take(self) -> None:
+        self.limited(1)
+        for _ in range(30):
+            self.limiter.retry_after()
+            active = self.connect()[0]
+            self.clock.advance(2)
+            self.close(active)
+        self.connect(10)
+        self.assertAlmostEqual(self.limiter.retry_after(), 20, delta=3)
+
+    def test_it_is_a_second_before_anything_is_known(self) -> None:
+        self.limited(0)
+        self.assertEqual(self.limiter.retry_after(), 1.0)

@@ -15,41 +15,16 @@ import pytest
 from fakes import ApplicationError, RecordingFactory
 from pytest_twisted import ensureDeferred
 from sockets import connected, listening, patiently, until
-from support import talk_tls
+from support import Log, talk_tls
 from twisted.internet import reactor
 from twisted.internet.endpoints import TCP4ServerEndpoint, wrapServerTLS
 from twisted.internet.interfaces import IHalfCloseableProtocol, IHandshakeListener
 from twisted.internet.protocol import Factory, Protocol
 from twisted.internet.threads import deferToThread
-from twisted.logger import LogLevel, globalLogPublisher
 from twisted.protocols.policies import ThrottlingFactory, TimeoutFactory, WrappingFactory
 from zope.interface import implementer
 
 from connlimit import Limiter, LimitingFactory
-
-
-class Log:
-    """
-    The log while a context lasts.
-    """
-
-    def __enter__(self) -> Log:
-        self.events: list[dict[str, object]] = []
-        globalLogPublisher.addObserver(self.events.append)
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        globalLogPublisher.removeObserver(self.events.append)
-
-    def warnings(self) -> list[dict[str, object]]:
-        """
-        What connlimit warns of.
-        """
-        return [
-            event
-            for event in self.events
-            if event["log_level"] is LogLevel.warn and event["log_namespace"].startswith("connlimit")
-        ]
 
 
 async def free_within_a_second(limiter: Limiter) -> None:

@@ -4,6 +4,8 @@ Any order of events whatever: no slot and no byte is lost, and every connection 
 
 from __future__ import annotations
 
+from collections import Counter
+
 from fakes import ApplicationError, FakeConnection, RecordingFactory, RecordingProtocol
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -12,6 +14,7 @@ from twisted.internet.protocol import Protocol
 from twisted.internet.task import Clock
 
 from connlimit import Limiter, LimitingFactory
+from connlimit._line import ORDERS
 from connlimit.observers import LimiterObserver
 
 
@@ -87,8 +90,10 @@ class Endings(LimiterObserver):
     def served(self, limiter: Limiter, connection: object, waited: float) -> None:
         port = connection.address.port
         self.served_ones.add(port)
-        if self.line and self.line.pop(0) != port:
+        if self.line and self.line[0] != port:
             self.overtakers.append(port)
+        if port in self.line:
+            self.line.remove(port)
 
     def finished(self, limiter: Limiter, connection: object) -> None:
         self.ends(connection, "served and finished")
@@ -124,12 +129,14 @@ class EveryOrder(RuleBasedStateMachine):
         )
         self.server = UnrulyFactory()
         self.factories = [LimitingFactory(self.server, self.limiter) for _ in range(2)]
+        # Whether the line is served in the order of arrival, and has been all the time.
+        self.is_plain = True
         self.clients: list[FakeConnection] = []
         self.sent: dict[FakeConnection, bytes] = {}
 
-    @rule(conduct=CONDUCT, at_once=st.booleans(), which=st.integers(0, 1))
-    def connect(self, conduct: tuple[str, str], at_once: bool, which: int) -> None:
-        client = FakeConnection(self.clock, number=len(self.clients), at_once=at_once)
+    @rule(conduct=CONDUCT, at_once=st.booleans(), which=st.integers(0, 1), peer=st.integers(1, 3))
+    def connect(self, conduct: tuple[str, str], at_once: bool, which: int, peer: int) -> None:
+        client = FakeConnection(self.clock, number=len(self.clients), at_once=at_once, host=f"10.0.0.{peer}")
         self.server.conduct[client.address.port] = conduct
         self.sent[client] = b""
         self.clients.append(client)
@@ -187,6 +194,17 @@ class EveryOrder(RuleBasedStateMachine):
     def change_the_line(self, waiting: int | None, timeout: int | None) -> None:
         self.limiter.reconfigure(max_waiting=waiting, wait_timeout=timeout)
 
+    @rule(
+        order=st.sampled_from(sorted(ORDERS)),
+        max_per_peer=st.one_of(st.none(), st.integers(0, 2)),
+        over_peer=st.sampled_from(["wait", "refuse"]),
+        max_rate=st.sampled_from([None, None, 1, 10]),
+        peer_prefix=st.sampled_from([(32, 64), (0, 0)]),
+    )
+    def change_whose_turn_it_is(self, **settings: object) -> None:
+        self.is_plain = False
+        self.limiter.reconfigure(**settings, adaptive_target=1, adaptive_interval=2)
+
     @rule(seconds=st.integers(0, 3))
     def time_passes(self, seconds: int) -> None:
         self.clock.advance(seconds)
@@ -209,14 +227,42 @@ class EveryOrder(RuleBasedStateMachine):
         assert len(self.server.live) <= self.limiter.active
 
     @invariant()
+    def no_peer_has_more_than_its_cap_unless_that_was_cut(self) -> None:
+        if not hasattr(self, "limiter"):
+            return
+        cap, active = self.limiter.max_per_peer, self.peers(self.factories, "active_for")
+        settings = (cap, self.limiter.peer_prefix)
+        if getattr(self, "settings_before", None) == settings and cap is not None:
+            assert all(count <= max(cap, self.peers_before[peer]) for peer, count in active.items())
+        self.settings_before, self.peers_before = settings, active
+
+    @invariant()
     def no_slot_is_free_while_somebody_waits(self) -> None:
-        if hasattr(self, "limiter") and self.limiter.waiting:
-            assert self.limiter.max_connections is not None
-            assert self.limiter.active >= self.limiter.max_connections
+        if not hasattr(self, "limiter") or not self.limiter.waiting or self.limiter.max_rate is not None:
+            return
+        most, cap = self.limiter.max_connections, self.limiter.max_per_peer
+        if most is not None and self.limiter.active >= most:
+            return
+        assert cap is not None
+        active = self.peers(self.factories, "active_for")
+        for peer in self.peers(self.factories, "waiting_for"):
+            assert active[peer] >= cap
+
+    def peers(self, factories: list[LimitingFactory], which: str) -> Counter[str]:
+        """
+        How many connections of each peer are active or waiting.
+        """
+        whole = self.limiter.peer_prefix == (0, 0)
+        return Counter(
+            "all" if whole else connection.address.host
+            for factory in factories
+            for connection in getattr(self.limiter, which)(factory)
+        )
 
     @invariant()
     def nobody_overtakes_the_line(self) -> None:
-        assert not hasattr(self, "limiter") or self.endings.overtakers == []
+        if hasattr(self, "limiter") and self.is_plain:
+            assert self.endings.overtakers == []
 
     @invariant()
     def every_connection_is_somewhere_and_ends_once(self) -> None:
@@ -236,7 +282,9 @@ class EveryOrder(RuleBasedStateMachine):
     def teardown(self) -> None:
         if not hasattr(self, "limiter"):
             return
-        self.limiter.reconfigure(max_connections=None, max_waiting=None, wait_timeout=None)
+        self.limiter.reconfigure(
+            max_connections=None, max_waiting=None, wait_timeout=None, max_per_peer=None, max_rate=None
+        )
         self.clock.advance(0)
         self.clock.advance(0)
         for client in self.clients:
