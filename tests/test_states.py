@@ -120,17 +120,31 @@ class EveryOrder(RuleBasedStateMachine):
     Clients, a server, and somebody who changes the settings.
     """
 
-    @initialize(most=ROOM, waiting=ROOM, timeout=st.one_of(st.none(), st.integers(1, 5)))
-    def start(self, most: int | None, waiting: int | None, timeout: int | None) -> None:
+    @initialize(
+        most=ROOM,
+        waiting=ROOM,
+        timeout=st.one_of(st.none(), st.integers(1, 5)),
+        order=st.sampled_from(["fifo", *sorted(ORDERS)]),
+        cap=st.one_of(st.none(), st.integers(1, 2)),
+    )
+    def start(
+        self, most: int | None, waiting: int | None, timeout: int | None, order: str, cap: int | None
+    ) -> None:
         self.clock = Clock()
         self.endings = Endings()
         self.limiter = Limiter(
-            most, max_waiting=waiting, wait_timeout=timeout, clock=self.clock, observers=[self.endings]
+            most,
+            max_waiting=waiting,
+            wait_timeout=timeout,
+            order=order,
+            max_per_peer=cap,
+            clock=self.clock,
+            observers=[self.endings],
         )
         self.server = UnrulyFactory()
         self.factories = [LimitingFactory(self.server, self.limiter) for _ in range(2)]
         # Whether the line is served in the order of arrival, and has been all the time.
-        self.is_plain = True
+        self.is_plain = order == "fifo" and cap is None
         self.clients: list[FakeConnection] = []
         self.sent: dict[FakeConnection, bytes] = {}
 
@@ -144,6 +158,11 @@ class EveryOrder(RuleBasedStateMachine):
             client.connect(self.factories[which])
         except ApplicationError:
             assert conduct == ("connectionMade", "fail")
+
+    @rule(peer=st.integers(1, 3), count=st.integers(2, 5))
+    def a_crowd_connects(self, peer: int, count: int) -> None:
+        for _ in range(count):
+            self.connect(("nothing", ""), False, 0, peer)
 
     def pick(self, number: int) -> FakeConnection:
         return self.clients[number % len(self.clients)]
@@ -299,5 +318,5 @@ class EveryOrder(RuleBasedStateMachine):
         assert not self.clock.getDelayedCalls()
 
 
-EveryOrder.TestCase.settings = settings(max_examples=300, stateful_step_count=40, deadline=None)
+EveryOrder.TestCase.settings = settings(max_examples=300, stateful_step_count=30, deadline=None)
 TestEveryOrder = EveryOrder.TestCase
