@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import socket
 import struct
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,11 +14,11 @@ from fakes import RecordingFactory
 from pytest_twisted import ensureDeferred
 from sockets import all_connected, connected, listening, patiently, until
 from support import talk_tls
-from twisted.internet import reactor
+from twisted.internet import reactor, task
 from twisted.internet.endpoints import TCP4ServerEndpoint, wrapServerTLS
 from twisted.internet.threads import deferToThread
 
-from connlimit import Limiter
+from connlimit import Limiter, _protocol
 
 
 @ensureDeferred
@@ -165,3 +166,55 @@ async def test_tls_clients_wait_inside_tls_or_next_to_tcp(place: str, certificat
             assert await patiently(talk) == data
         await until(lambda: limiter.active == 0)
         assert limiter.snapshot().waits == 3
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs the kernel's word")
+@ensureDeferred
+async def test_while_somebody_waits_the_longest_idle_is_closed() -> None:
+    limiter = Limiter(2, idle_timeout=0.5)
+    async with listening(limiter) as (_, where):
+        idle, busy = await connected(where), await connected(where)
+        await until(lambda: limiter.active == 2)
+        talking = task.LoopingCall(busy.transport.write, b"x")
+        talking.start(0.05)
+        await task.deferLater(reactor, 1.2)
+        assert limiter.active == 2  # nobody waits, so nobody is closed
+        newcomer = await connected(where)
+        newcomer.transport.write(b"hello")
+        await newcomer.receives(b"hello")
+        assert idle.is_lost
+        assert not busy.is_lost
+        assert limiter.snapshot().idle_closed == 1
+        talking.stop()
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs the kernel's word")
+@ensureDeferred
+async def test_idle_keep_alive_clients_do_not_starve_the_line() -> None:
+    web = pytest.importorskip("twisted.web.server")
+    from twisted.web.static import Data
+
+    limiter, page = Limiter(10, idle_timeout=0.3), Data(b"the page", "text/plain")
+    page.isLeaf = True
+    async with listening(limiter, server=web.Site(page)) as (_, where):
+        clients = [await connected(where) for _ in range(100)]
+        for client in clients:
+            client.transport.write(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+        await until(lambda: all(b"the page" in client.received for client in clients))
+        assert limiter.snapshot().idle_closed >= 80
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs the kernel's word")
+@ensureDeferred
+async def test_an_idle_connection_that_does_not_close_is_aborted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_protocol, "_GRACE", 0.2)
+    limiter, server = Limiter(1, idle_timeout=0.3), RecordingFactory()
+    async with listening(limiter, server=server) as (_, where):
+        stuck = await connected(where)
+        stuck.transport.pauseProducing()
+        await until(lambda: server.live)
+        server.live[0].transport.write(b"x" * 20_000_000)  # loseConnection waits until it is written
+        newcomer = await connected(where)
+        newcomer.transport.write(b"hello")
+        await newcomer.receives(b"hello")
+        stuck.transport.abortConnection()

@@ -19,7 +19,6 @@ from twisted.logger import Logger
 from zope.interface import implementer
 
 from connlimit import _sockets
-from connlimit._factory import LimitingFactory
 from connlimit._limiter import Limiter
 from connlimit.interfaces import IConnection, IPort
 from connlimit.observers import LimiterObserver
@@ -28,6 +27,9 @@ from connlimit.observers import LimiterObserver
 WHEN_FULL = ("refuse", "stop-accepting")
 
 _LOOK_INTERVAL = 1.0  # seconds
+
+#: How many are accepted in one turn of the reactor, as Twisted does at first.
+_BATCH = 100
 
 
 def check_when_full(instance: object, attribute: object, value: object) -> None:
@@ -103,11 +105,23 @@ class _StoppingPort(_Port, LimiterObserver):
         super().__init__(port)
         self._limiter = limiter
         self._timer: IDelayedCall | None = None
-        factory = port.factory
-        while not isinstance(factory, LimitingFactory):  # TLS and the like may be around it
-            factory = factory.wrappedFactory
-        self._factory = factory
+        self._has_stopped = False
+        self._accept_batch = port.doRead
+        port.doRead = self._accept
         limiter.add_observer(self)
+        self._check()
+
+    def _accept(self) -> None:
+        """
+        Be the port's ``doRead``, one by one: to stop a port does not end the batch that it is accepting.
+        """
+        for _ in range(_BATCH):
+            if self._has_stopped or not self.is_listening():
+                return
+            self._port.numberAccepts = 1
+            self._accept_batch()
+            if self._port.numberAccepts == 1:  # had there been one, the port would go for more next time
+                return
 
     def waiting(self, limiter: Limiter, connection: IConnection) -> None:
         """
@@ -151,12 +165,11 @@ class _StoppingPort(_Port, LimiterObserver):
             self._cancel_look()
             return
         has_place = self._limiter.has_place()
-        if has_place == self._factory.has_stopped_accepting:
-            self._factory.has_stopped_accepting = not has_place
+        if has_place == self._has_stopped:
+            self._has_stopped = not has_place
             if has_place:
                 self._port.startReading()
             else:
-                # This does not end the batch that is being accepted: those who still come wait, too.
                 self._port.stopReading()
         if has_place:
             self._cancel_look()

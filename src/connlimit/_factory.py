@@ -33,8 +33,6 @@ class LimitingFactory:
     :ivar wrappedFactory: the factory whose protocols serve the connections.
     :ivar limiter: the limiter, which other factories may share.
     :ivar is_tls: whether the wrapped factory is the one that speaks TLS.
-    :ivar has_stopped_accepting: whether its ports have stopped: who was accepted meanwhile waits, however
-        full the line.
     """
 
     _log = Logger()
@@ -50,7 +48,6 @@ class LimitingFactory:
         self.wrappedFactory = wrappedFactory
         self.limiter = limiter
         self._ports = 0
-        self.has_stopped_accepting = False
         # If that has not been imported yet, there is no such factory.
         tls = sys.modules.get("twisted.protocols.tls")
         self.is_tls = tls is not None and isinstance(wrappedFactory, tls.TLSMemoryBIOFactory)
@@ -105,7 +102,7 @@ class LimitingFactory:
                 return None
             connection.delegate_to(protocol)
             return connection
-        reason = None if late else limiter.may_wait(connection, self.has_stopped_accepting)
+        reason = None if late else limiter.may_wait(connection)
         if reason is None:
             connection.wrappedProtocol = WaitingProtocol(connection)
             return connection

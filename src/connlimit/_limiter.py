@@ -477,25 +477,24 @@ class Limiter:
             self._tell("served", connection, 0.0)
         return True
 
-    def may_wait(self, connection: IConnection, beyond: bool = False) -> str | None:
+    def may_wait(self, connection: IConnection) -> str | None:
         """
         Whether there is a place in the line for a new connection. If there is none, it is refused herewith.
 
-        :param beyond: let it wait although the line is full, because its port has stopped already.
         :return: None, or the reason of the refusal.
         """
-        reason = self._no_place(connection, beyond)
+        reason = self._no_place(connection)
         if reason is not None:
             self._accepted += 1
             self._count_refused(connection, reason)
         return reason
 
-    def wait(self, connection: IConnection, beyond: bool = False) -> None:
+    def wait(self, connection: IConnection) -> None:
         """
         Put a new connection into the line.
         """
         self._accepted += 1
-        reason = self._no_place(connection, beyond)
+        reason = self._no_place(connection)
         if reason is not None:
             self._count_refused(connection, reason)
             connection.refuse(reason)
@@ -593,7 +592,7 @@ class Limiter:
             self._tell("exempted", connection)
         return True
 
-    def _no_place(self, connection: IConnection, beyond: bool) -> str | None:
+    def _no_place(self, connection: IConnection) -> str | None:
         """
         Why there is no place in the line, or None if there is one.
         """
@@ -602,7 +601,7 @@ class Limiter:
         if self._must_not_wait(connection):
             return PEER
         most = self.settings.max_waiting
-        if most is not None and not beyond and self.waiting >= most:
+        if most is not None and self.waiting >= most:
             return FULL
         return None if _descriptors.left_for_waiting() else DESCRIPTORS
 

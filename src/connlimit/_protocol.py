@@ -270,7 +270,7 @@ class WaitingProtocol:  # type: ignore[misc]  # connectionMade is for makeConnec
             self._departures.watch(self._descriptor, self)
             if isinstance(connection.address, UNIXAddress):
                 connection.address = UNIXPeer(connection.address.name, _sockets.peer_uid(sock))
-        connection.factory.limiter.wait(connection, connection.factory.has_stopped_accepting)
+        connection.factory.limiter.wait(connection)
 
     def dataReceived(self, data: bytes) -> None:
         # Seldom, and never more than twice: what TLS had decrypted already.
