@@ -6,9 +6,9 @@ from __future__ import annotations
 
 import argparse
 
-from bench import interfaces, memory
+from bench import interfaces, line, memory
 
-BENCHMARKS = {"interfaces": interfaces.run, "memory": memory.run}
+BENCHMARKS = {"interfaces": interfaces.run, "line": line.run, "memory": memory.run}
 
 
 def main() -> None:
@@ -22,8 +22,8 @@ def main() -> None:
     for name in options.names or BENCHMARKS:
         if name not in BENCHMARKS:
             parser.error(f"NAME must be one of {', '.join(BENCHMARKS)}, not {name!r}")
-        for line in BENCHMARKS[name](options.quick):
-            print(line, flush=True)
+        for text in BENCHMARKS[name](options.quick):
+            print(text, flush=True)
 
 
 if __name__ == "__main__":

@@ -32,14 +32,14 @@ _LOOK_INTERVAL = 1.0  # seconds
 _BATCH = 100
 
 
-def check_when_full(instance: object, attribute: object, value: object) -> None:
+def check_when_full(instance: object, attribute: object, value: object, name: str = "when_full") -> None:
     """
     Be the validator of an attrs field.
 
     :raises ValueError: if the value is not one of `WHEN_FULL`.
     """
     if value not in WHEN_FULL:
-        raise ValueError(f"when_full must be {' or '.join(WHEN_FULL)}, not {value!r}")
+        raise ValueError(f"{name} must be {' or '.join(WHEN_FULL)}, not {value!r}")
 
 
 @implementer(IStreamServerEndpoint)

@@ -136,7 +136,9 @@ class Departures:
     def __init__(self, reactor: Any, kernel: _Kernel) -> None:
         self._reactor = reactor
         self._kernel = kernel
-        self._watched: dict[int, Watched] = {}
+        # By descriptor. The kernel gives out the lowest numbers, so a list is the smallest map.
+        self._watched: list[Watched | None] = []
+        self._count = 0
         self._heard: set[int] = set()
         self.fileno = kernel.fileno
 
@@ -145,20 +147,25 @@ class Departures:
         Tell *watched* when the client of the socket with this descriptor departs.
         """
         self._kernel.watch(descriptor)
-        if not self._watched:
+        if not self._count:
             self._reactor.addReader(self)
+        if descriptor >= len(self._watched):
+            self._watched.extend([None] * (descriptor + 1 - len(self._watched)))
+        if self._watched[descriptor] is None:
+            self._count += 1
         self._watched[descriptor] = watched
 
     def unwatch(self, descriptor: int, watched: Watched) -> None:
         """
         Tell *watched* nothing any more. The socket may be closed, and its number another's.
         """
-        if self._watched.get(descriptor) is not watched:
+        if self._watched[descriptor] is not watched:
             return
         self._kernel.unwatch(descriptor)
         self._heard.discard(descriptor)
-        del self._watched[descriptor]
-        if not self._watched:
+        self._watched[descriptor] = None
+        self._count -= 1
+        if not self._count:
             self._reactor.removeReader(self)
 
     def doRead(self) -> None:
@@ -166,7 +173,7 @@ class Departures:
         Something has happened to some of the sockets.
         """
         for descriptor, for_good in self._kernel.ended():
-            watched = self._watched.get(descriptor)
+            watched = self._watched[descriptor]
             if watched is None:
                 continue
             if for_good or watched.departs_with(_sockets.unread(descriptor)):

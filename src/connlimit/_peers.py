@@ -54,12 +54,17 @@ def peer_key(prefix: tuple[int, int]) -> Callable[[IAddress], Hashable]:
         except ValueError:
             return host
         length = prefix[0] if address.version == 4 else prefix[1]
+        if length == address.max_prefixlen:
+            return str(address)
         return str(ip_network((address, length), strict=False))
+
+    whole = prefix[0] == 32
 
     def peer(address: IAddress) -> Hashable:
         host = getattr(address, "host", None)
         if host is not None:
-            return network(host)
+            # An IPv4 address alone is written in one way only, so nothing has to be found out.
+            return host if whole and ":" not in host else network(host)
         return getattr(address, "uid", None)
 
     return peer

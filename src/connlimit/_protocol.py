@@ -47,7 +47,6 @@ class DelegatingProtocol(ProtocolWrapper):
     replace their own methods while they run.
 
     :ivar factory: the factory that made it.
-    :ivar address: the client's address.
     :ivar slot: set by the limiter while the connection is active.
     :ivar closing: whether the limiter has had it closed.
     """
@@ -64,7 +63,14 @@ class DelegatingProtocol(ProtocolWrapper):
 
     def __init__(self, factory: LimitingFactory, address: IAddress) -> None:
         self.factory = factory
-        self.address = address
+        self._address: IAddress | None = address
+
+    @property
+    def address(self) -> IAddress:
+        """
+        The client's address.
+        """
+        return self._address or self.transport.getPeer()
 
     def logPrefix(self) -> str:
         """
@@ -269,7 +275,9 @@ class WaitingProtocol:  # type: ignore[misc]  # connectionMade is for makeConnec
             self._departures = _departures.of(_sockets.lowest(transport).reactor)
             self._departures.watch(self._descriptor, self)
             if isinstance(connection.address, UNIXAddress):
-                connection.address = UNIXPeer(connection.address.name, _sockets.peer_uid(sock))
+                connection._address = UNIXPeer(connection.address.name, _sockets.peer_uid(sock))
+            else:
+                connection._address = None  # the transport has it too
         connection.factory.limiter.wait(connection)
 
     def dataReceived(self, data: bytes) -> None:

@@ -111,7 +111,7 @@ class Options(usage.Options):
         """
         given = {name: self[name.replace("_", "-")] for name in FIELDS}
         try:
-            check_when_full(None, None, self["when-full"])
+            check_when_full(None, None, self["when-full"], _spell("when_full"))
             self["settings"] = parse({k: v for k, v in given.items() if v is not None}, _spell)
         except ValueError as error:
             raise usage.UsageError(str(error)) from None
