@@ -294,6 +294,57 @@ def test_a_thousand_clients_that_connect_in_the_same_instant_all_get_through_at_
                 served += 1
 
 
+def test_a_download_that_is_in_progress_may_finish_and_the_line_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "large").write_bytes(bytes(8_000_000))
+    limits = ["--max-connections=1", "--drain-timeout=20", "--refusal=http"]
+    with running("connlimit", *limits, "web", f"--listen={LOCAL}", f"--path={tmp_path}") as program:
+        port = program.port()
+        with client(port) as downloading, client(port) as waiting:
+            downloading.sendall(b"GET /large HTTP/1.0\r\n\r\n")
+            received = len(downloading.recv(1000))
+            waiting.sendall(b"GET / HTTP/1.0\r\n\r\n")
+            program.process.send_signal(signal.SIGTERM)
+            program.wait_for("1 connections may finish within 20.0 s")
+            assert b" 503 " in read_all(waiting)
+            with pytest.raises(ConnectionRefusedError), client(port):
+                pass
+            received += len(read_all(downloading))
+            assert received > 8_000_000
+        assert program.process.wait(PATIENCE) == 0
+        program.wait_for("drained: 1 connections were served and 1 refused in all")
+
+
+def test_what_does_not_finish_in_time_is_aborted(echo: Path) -> None:
+    arguments = ["--listen", LOCAL, "--factory", "echo_server:factory", "--drain-timeout", "0.2"]
+    with running("connlimit", *arguments, cwd=echo) as program, client(program.port()) as idle:
+        idle.sendall(b"hello")
+        assert idle.recv(100) == b"hello"
+        assert program.terminate() == 0
+        program.wait_for("1 connections did not end in time and are aborted")
+
+
+def test_a_second_order_to_stop_is_carried_out_at_once(echo: Path) -> None:
+    arguments = ["--listen", LOCAL, "--factory", "echo_server:factory", "--drain-timeout", "60"]
+    with running("connlimit", *arguments, cwd=echo) as program, client(program.port()) as idle:
+        idle.sendall(b"hello")
+        assert idle.recv(100) == b"hello"
+        program.process.send_signal(signal.SIGTERM)
+        program.wait_for("may finish")
+        assert program.terminate() == -signal.SIGTERM
+
+
+def test_a_dry_run_ends_with_the_limit_that_would_do(echo: Path) -> None:
+    arguments = ["--listen", LOCAL, "--factory", "echo_server:factory", "--max-connections", "1"]
+    with running("connlimit", *arguments, "--dry-run", "yes", cwd=echo) as program, ExitStack() as stack:
+        for _ in range(3):
+            connection = stack.enter_context(client(program.port()))
+            connection.sendall(b"hello")
+            assert connection.recv(100) == b"hello"
+        assert program.terminate() == 0
+        program.wait_for("of 3 connections, 2 would have waited")
+        program.wait_for("with max_connections=3, 99 % would not have waited")
+
+
 def test_the_backlog_is_the_kernels_unless_it_is_given(echo: Path) -> None:
     ss = require_program("ss")
     somaxconn = Path("/proc/sys/net/core/somaxconn").read_text().strip()
@@ -368,6 +419,7 @@ def test_a_daemon_starts_serves_and_ends(echo: Path, tmp_path: Path) -> None:
     [
         (["--max-connections", "many"], ["--max-connections", "whole number", "'many'"]),
         (["--max-connections", "-1"], ["--max-connections", "'-1'"]),
+        (["--drain-timeout", "soon"], ["--drain-timeout", "'soon'"]),
         (["--max-waiting", "1.5"], ["--max-waiting", "'1.5'"]),
         (["--wait-timeout", "0"], ["--wait-timeout", "seconds above 0", "'0'"]),
         (["--wait-timeout", "soon"], ["--wait-timeout", "'soon'"]),

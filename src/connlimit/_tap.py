@@ -5,6 +5,7 @@ The command line: ``twistd connlimit``.
 from __future__ import annotations
 
 import importlib
+import math
 import os
 import signal
 import sys
@@ -13,6 +14,7 @@ from typing import Any
 
 from twisted.application.internet import SSLServer, StreamServerEndpointService, TCPServer, UNIXServer
 from twisted.application.service import IService, IServiceCollection, IServiceMaker, MultiService
+from twisted.internet.defer import Deferred, ensureDeferred
 from twisted.internet.endpoints import clientFromString
 from twisted.internet.error import CannotListenError
 from twisted.internet.interfaces import IProtocolFactory
@@ -73,6 +75,12 @@ class Options(usage.Options):
             "refuse",
             "what a port does when there is no place for one more: refuse, or stop-accepting",
         ],
+        [
+            "drain-timeout",
+            None,
+            "0",
+            "how long the connections that are served may take to end when the program is stopped [seconds]",
+        ],
         ["forward", None, None, "relay to the server at this client endpoint, such as tcp:localhost:9000"],
         ["factory", None, None, "serve with this factory, or what this callable returns, as MODULE:NAME"],
     ]
@@ -111,6 +119,7 @@ class Options(usage.Options):
         """
         given = {name: self[name.replace("_", "-")] for name in FIELDS}
         try:
+            self["drain"] = _seconds("--drain-timeout", self["drain-timeout"])
             check_when_full(None, None, self["when-full"], _spell("when_full"))
             self["settings"] = parse({k: v for k, v in given.items() if v is not None}, _spell)
         except ValueError as error:
@@ -140,6 +149,16 @@ class Options(usage.Options):
             )
         if self["factory"]:
             self["served"] = _import_factory(self["factory"])
+
+
+def _seconds(option: str, text: str) -> float:
+    try:
+        value = float(text)
+        if 0 <= value < math.inf:
+            return value
+    except ValueError:
+        pass
+    raise ValueError(f"{option} must be a number of seconds, 0 or more, not {text!r}")
 
 
 def _server_endpoint(reactor: Any, description: str) -> Any:
@@ -196,7 +215,7 @@ def makeService(options: Options) -> MultiService:
     from twisted.internet import reactor
 
     limiter = Limiter(**options["settings"])
-    service = _LimitedProgram(limiter)
+    service = _LimitedProgram(limiter, options["drain"])
     if options.subCommand:
         _add_plugin(service, options, limiter)
         return service
@@ -256,9 +275,10 @@ class _LimitedProgram(MultiService):
     Everything that one ``twistd connlimit`` runs.
     """
 
-    def __init__(self, limiter: Limiter) -> None:
+    def __init__(self, limiter: Limiter, drain_timeout: float) -> None:
         super().__init__()
         self._limiter = limiter
+        self._drain_timeout = drain_timeout
         self.hints: tuple[str, ...] = ()
 
     def privilegedStartService(self) -> None:
@@ -279,6 +299,32 @@ class _LimitedProgram(MultiService):
         _log.info("{budget}", budget=_budget(self._limiter))
         for hint in self.hints:
             _log.info("{hint}", hint=hint)
+
+    def stopService(self) -> Deferred[Any]:
+        """
+        Stop listening, refuse the line, let those who are served finish in time, and end the others.
+        """
+        return ensureDeferred(self._stop())
+
+    async def _stop(self) -> None:
+        await super().stopService()
+        limiter = self._limiter
+        before = limiter.snapshot()
+        if before.active or before.exempt:
+            _log.info(
+                "{limiter}: {active} connections may finish within {seconds} s",
+                limiter=limiter.name,
+                active=before.active + before.exempt,
+                seconds=self._drain_timeout,
+            )
+        await limiter.drain(self._drain_timeout)
+        after = limiter.snapshot()
+        _log.info(
+            "{limiter}: drained: {served} connections were served and {refused} refused in all",
+            limiter=limiter.name,
+            served=after.served,
+            refused=sum(after.refused.values()),
+        )
 
     def _or_exit(self, start: Callable[[], None]) -> None:
         try:
