@@ -55,8 +55,9 @@ class PageTests(SynchronousTestCase):
         self.assertEqual(self.limiter.active, 0)
 
     def test_hints_tell_where_to_look(self) -> None:
-        first, second = _demonstration.hints([_demonstration.LISTEN])
+        first, watch, second = _demonstration.hints([_demonstration.LISTEN], _demonstration.STATUS)
+        self.assertIn("http://127.0.0.1:8081/", watch)
         self.assertIn("http://127.0.0.1:8080/", first)
         self.assertIn("curl", second)
-        (only,) = _demonstration.hints(["unix:/run/x"])
+        (only,) = _demonstration.hints(["unix:/run/x"], None)
         self.assertIn("unix:/run/x", only)

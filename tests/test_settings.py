@@ -28,7 +28,7 @@ VALUES: dict[str, tuple[object, str, list[object], list[str]]] = {
     "max_rate": (2.5, "2.5", [0, -1, float("inf"), float("nan"), "2"], ["0", "-1", "nan", "fast"]),
     "max_burst": (7, "7", [-1, 1.5], ["-1", "1.5"]),
     "max_waiting": (None, "none", [-1, "none"], ["-1", "lots"]),
-    "wait_timeout": (30, "30", [0, -1, float("nan"), "30"], ["0", "-3", "30s"]),
+    "wait_timeout": (30, "30", [0, -1, float("nan"), "30"], ["0", "-3", "30x", "s"]),
     "order": ("adaptive", "adaptive", ["random", None, 5], ["random", ""]),
     "adaptive_target": (0.1, "0.1", [0, None, "x"], ["0", "none"]),
     "adaptive_interval": (5, "5", [0, -1, None], ["-1", "none"]),

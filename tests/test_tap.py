@@ -31,7 +31,8 @@ from twisted.application.service import IServiceMaker, MultiService, Service
 from twisted.plugin import getPlugins
 
 from connlimit import Limiter, LimitingFactory
-from connlimit._tap import CannotStart, Options, limit_service, makeService
+from connlimit._serving import limit_service
+from connlimit._tap import CannotStart, Options, makeService
 
 LOCAL = "tcp:0:interface=127.0.0.1"
 EXAMPLES = Path(__file__).parent.parent / "docs" / "examples"
@@ -509,7 +510,7 @@ def with_plugin(monkeypatch: pytest.MonkeyPatch, service: Service) -> MultiServi
     What the command line makes of a plugin that makes this service.
     """
     plugins = [*getPlugins(IServiceMaker), ServiceMakers(service)]
-    monkeypatch.setattr("connlimit._tap.getPlugins", lambda interface: plugins)
+    monkeypatch.setattr("connlimit._serving.getPlugins", lambda interface: plugins)
     options = Options()
     options.parseOptions(["--max-connections", "3", "stand-in"])
     return makeService(options)

@@ -12,6 +12,7 @@ from twisted.web.server import NOT_DONE_YET, Request, Site
 from connlimit._limiter import Limiter
 
 LISTEN = "tcp:8080:interface=127.0.0.1"
+STATUS = "tcp:8081:interface=127.0.0.1"
 MAX_CONNECTIONS = 2
 SECONDS = 2.0
 
@@ -70,7 +71,7 @@ def site(limiter: Limiter, clock: IReactorTime) -> Site:
     return Site(_SlowPage(limiter, clock))
 
 
-def hints(listen: list[str]) -> tuple[str, ...]:
+def hints(listen: list[str], status: str | None) -> tuple[str, ...]:
     """
     Where to look and what to try, a sentence a line.
     """
@@ -80,5 +81,6 @@ def hints(listen: list[str]) -> tuple[str, ...]:
     url = f"http://127.0.0.1:{port}/"
     return (
         f"look at {url} : a page that takes {SECONDS:g} seconds to make",
+        *((f"watch it at http://127.0.0.1:{status.split(':')[1]}/",) if status == STATUS else ()),
         f"try   for i in 1 2 3 4 5 6; do curl -s -o /dev/null -w '%{{time_total}} s\\n' {url} & done; wait",
     )

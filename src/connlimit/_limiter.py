@@ -42,9 +42,11 @@ collector, as it would be without us, and its slot is reclaimed.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Hashable, Iterable, Mapping
 from functools import partial
 from heapq import nlargest
+from itertools import islice
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 from weakref import ref
@@ -297,6 +299,25 @@ class Limiter:
         """
         return self._peers is not None or self.settings.order == "fair"
 
+    def busiest_peers(self, count: int) -> list[tuple[Hashable, int, int]]:
+        """
+        The peers with the most connections: each with how many are active and how many wait. Looks at all.
+        """
+        active = Counter(map(self._peer, self._active.values()))
+        waiting = Counter(self._peer(each.address) for each in self._line)
+        peers = nlargest(count, active.keys() | waiting.keys(), key=lambda peer: active[peer] + waiting[peer])
+        return [(peer, active[peer], waiting[peer]) for peer in peers]
+
+    def first_waiting(self, count: int) -> list[tuple[IAddress, float]]:
+        """
+        Those who have waited longest: their addresses, and how many seconds they have waited.
+        """
+        now = self.clock.seconds()
+        return [
+            (connection.address, now - self._line.arrival(connection))
+            for connection in islice(self._line, count)
+        ]
+
     # What can be changed
 
     @property
@@ -434,13 +455,19 @@ class Limiter:
         self.refuse_waiting(self._line)
         return self.wait_for(self._actives(), timeout)
 
+    def has_room(self) -> bool:
+        """
+        Whether a newcomer would be served at once, as far as that does not depend on its peer.
+        """
+        return not (self._order or self._line.returned or self._draining) and self._total.has_room()
+
     def has_place(self) -> bool:
         """
         Whether a newcomer would be served or could wait, as far as that does not depend on its peer.
         """
         if self._draining:
             return False
-        if not self._order and not self._line.returned and self._total.has_room():
+        if self.has_room():
             return True
         most = self.settings.max_waiting
         return (most is None or self.waiting < most) and _descriptors.left_for_waiting()

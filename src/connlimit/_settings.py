@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
@@ -111,13 +112,39 @@ def _parse_notice(text: str) -> Any:
     return float(after), unescaped(what)
 
 
+def seconds(text: str) -> float:
+    """
+    The seconds that a text stands for, such as ``30``, ``30s``, ``500ms``, ``5min``, ``2h`` or ``1d``.
+
+    :raises ValueError: if it stands for none.
+    """
+    match = re.fullmatch(r"([^a-z]+?)\s*(ms|s|min|h|d)?", text.strip())
+    if match is None:
+        raise ValueError(text)
+    number = float(match[1])
+    return number * _UNITS[match[2]] if match[2] else number
+
+
+_UNITS = {"ms": 0.001, "s": 1, "min": 60, "h": 3600, "d": 86400}
+
+
+def _seconds_or_none(text: str) -> float | None:
+    return None if text.lower() == "none" else seconds(text)
+
+
 _COUNT = _Kind(
     "a whole number, 0 or more, or None for no limit", *_number(int, fits=lambda value: value >= 0)
 )
 _SECONDS_OR_NONE = _Kind(
-    "a number of seconds above 0, or None for no limit", *_number(int, float, fits=_above_zero)
+    "a number of seconds above 0 (as text also 30s or 5min), or None for no limit",
+    _number(int, float, fits=_above_zero)[0],
+    _seconds_or_none,
 )
-_SECONDS = _Kind("a number of seconds above 0", *_number(int, float, fits=_above_zero, optional=False))
+_SECONDS = _Kind(
+    "a number of seconds above 0 (as text also 30s or 5min)",
+    _number(int, float, fits=_above_zero, optional=False)[0],
+    seconds,
+)
 _RATE = _Kind("a number above 0, or None for no limit", *_number(int, float, fits=_above_zero))
 _FLAG = _Kind("True or False (as text: yes or no)", _flag, _parse_flag)
 _PREFIX = _Kind(
@@ -251,6 +278,28 @@ def parse(texts: Mapping[str, str], spell: Callable[[str], str] = str) -> dict[s
         except (KeyError, TypeError, ValueError):
             raise ValueError(kind.wrong(spell(name), text)) from None
     return values
+
+
+def load(name: str, value: Any) -> Any:
+    """
+    The value of a setting that a configuration file gives, as text or otherwise.
+
+    :raises TypeError: for a wrong value.
+    :raises ValueError: likewise.
+    """
+    kind: _Kind = FIELDS[name].metadata["kind"]
+    given = value
+    try:
+        if isinstance(value, str):
+            given = kind.parse(value)
+        elif isinstance(value, list):
+            # The only texts that are bytes in code are what is said to clients.
+            given = [
+                unescaped(each) if name == "notice" and isinstance(each, str) else each for each in value
+            ]
+        return kind.convert(given)
+    except (KeyError, TypeError, ValueError):
+        raise ValueError(kind.wrong(name, value)) from None
 
 
 def adjustable(cls: C) -> C:

@@ -1,0 +1,323 @@
+"""
+The configuration file: what it may say, and everything that is wrong with it.
+"""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import attrs
+
+from connlimit._accepting import WHEN_FULL
+from connlimit._settings import FIELDS, load, seconds
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+
+class ConfigError(Exception):
+    """
+    The file cannot be used.
+
+    :ivar errors: all that is wrong with it, a sentence each.
+    """
+
+    def __init__(self, errors: list[str]) -> None:
+        super().__init__("\n".join(errors))
+        self.errors = errors
+
+
+@attrs.frozen
+class ServiceConfig:
+    """
+    What one service listens at, what it serves with, and whose limits hold.
+
+    :ivar name: its name in the file.
+    :ivar limiter: the name of its limiter.
+    :ivar listen: endpoint descriptions.
+    :ivar forward: the endpoint description of another server, or None.
+    :ivar factory: MODULE:NAME, or None.
+    :ivar plugin: the name and the arguments of a twistd plugin, or empty.
+    :ivar when_full: what its ports do when its limiter is full.
+    """
+
+    name: str
+    limiter: str
+    listen: tuple[str, ...] = ()
+    forward: str | None = None
+    factory: str | None = None
+    plugin: tuple[str, ...] = ()
+    when_full: str = "refuse"
+
+
+@attrs.frozen
+class StatusConfig:
+    """
+    Where the status page is, and what it shows.
+
+    :ivar listen: an endpoint description.
+    :ivar show_peers: whether others than loopback see the addresses of peers.
+    :ivar hosts: names, besides addresses and localhost, by which browsers may ask for it.
+    """
+
+    listen: str
+    show_peers: bool = False
+    hosts: tuple[str, ...] = ()
+
+
+@attrs.frozen
+class Config:
+    """
+    All that a file says.
+
+    :ivar limiters: the settings of each limiter, by its name; those that are not given have their defaults.
+    :ivar services: the services by their names.
+    :ivar status: the status page, or None.
+    :ivar drain_timeout: seconds that connections may take to end when the program is stopped.
+    :ivar log_connections: whether each connection is told of in the log, from the next start on.
+    """
+
+    limiters: Mapping[str, Mapping[str, Any]]
+    services: Mapping[str, ServiceConfig]
+    status: StatusConfig | None = None
+    drain_timeout: float = 0.0
+    log_connections: bool = False
+
+    def summary(self) -> list[str]:
+        """
+        What the program would do, a line each.
+        """
+        lines = [
+            f"limiter {name}: "
+            + (", ".join(f"{k}={v!r}" for k, v in settings.items() if k != "name") or "no limits")
+            for name, settings in self.limiters.items()
+        ]
+        for service in self.services.values():
+            does = (
+                f"forwards to {service.forward}"
+                if service.forward
+                else f"serves with {service.factory}"
+                if service.factory
+                else f"runs {' '.join(service.plugin)}"
+            )
+            where = f"listens at {', '.join(service.listen)}, " if service.listen else ""
+            lines.append(f"service {service.name}: {where}{does}, behind limiter {service.limiter}")
+        if self.status:
+            lines.append(f"status page: listens at {self.status.listen}")
+        return lines
+
+
+def read(path: Path) -> Config:
+    """
+    Read a file.
+
+    :raises ConfigError: with everything that is wrong with it.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise ConfigError([f"{path}: the file cannot be read: {error.strerror}"]) from None
+    try:
+        document = tomllib.loads(data.decode())
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ConfigError([f"{path}: this is no TOML: {error}"]) from None
+    return _Reader(str(path)).config(document)
+
+
+class _Reader:
+    """
+    Makes a `Config` of a document, and collects what is wrong.
+    """
+
+    def __init__(self, file: str) -> None:
+        self._file = file
+        self._errors: list[str] = []
+
+    def config(self, document: Mapping[str, Any]) -> Config:
+        """
+        The document's `Config`.
+        """
+        known = self._known(
+            document, "", ["limiters", "services", "status", "drain_timeout", "log_connections"]
+        )
+        limiters = {
+            name: self._limiter(name, table) for name, table in self._tables(known, "limiters").items()
+        }
+        if not limiters and not self._errors:
+            self._wrong("", "limiters", "at least one table, such as [limiters.web]", None)
+        services = {
+            name: self._service(name, table, limiters)
+            for name, table in self._tables(known, "services").items()
+        }
+        if not services and not self._errors:
+            self._wrong("", "services", "at least one table, such as [services.web]", None)
+        status = self._status(known["status"]) if "status" in known else None
+        drain = self._value("", known, "drain_timeout", "a number of seconds, 0 or more", _drain, 0.0)
+        log = self._value("", known, "log_connections", "true or false", _flag, False)
+        if self._errors:
+            raise ConfigError([_one_line(each) for each in self._errors])
+        return Config(limiters, {k: v for k, v in services.items() if v is not None}, status, drain, log)
+
+    def _limiter(self, name: str, table: Mapping[str, Any]) -> dict[str, Any]:
+        where = f"limiters.{name}"
+        settings = {}
+        for key, value in self._known(table, where, [each for each in FIELDS if each != "name"]).items():
+            try:
+                settings[key] = load(key, value)
+            except (TypeError, ValueError) as error:
+                self._errors.append(f"{self._file}: [{where}] {error}")
+        return {**settings, "name": name}
+
+    def _service(
+        self, name: str, table: Mapping[str, Any], limiters: Mapping[str, object]
+    ) -> ServiceConfig | None:
+        where = f"services.{name}"
+        before = len(self._errors)
+        table = self._known(
+            table, where, [each.name for each in attrs.fields(ServiceConfig) if each.name != "name"]
+        )
+        listen = self._value(where, table, "listen", "an endpoint such as 'tcp:8080', or several", _texts, ())
+        plugin = self._value(
+            where,
+            table,
+            "plugin",
+            "a twistd plugin's name and arguments, such as ['web', '--path=.']",
+            _texts,
+            (),
+        )
+        forward = self._value(
+            where, table, "forward", "an endpoint such as 'tcp:localhost:9000'", _text, None
+        )
+        factory = self._value(
+            where, table, "factory", "a text such as 'mypackage.server:factory'", _text, None
+        )
+        when_full = self._value(
+            where, table, "when_full", " or ".join(WHEN_FULL), _one_of(WHEN_FULL), "refuse"
+        )
+        only = next(iter(limiters)) if len(limiters) == 1 else None
+        names = ", ".join(limiters) or "none yet"
+        limiter = self._value(
+            where, table, "limiter", f"the name of a limiter ({names})", _one_of(tuple(limiters)), only
+        )
+        if limiter is None and "limiter" not in table:
+            self._wrong(where, "limiter", f"the name of a limiter ({names})", None)
+        given = [key for key in ("forward", "factory", "plugin") if key in table]
+        if len(given) != 1:
+            self._errors.append(
+                f"{self._file}: [{where}] needs one of forward, factory and plugin, "
+                f"not {' and '.join(given) or 'none'}"
+            )
+        elif bool(listen) == bool(plugin) and len(self._errors) == before:
+            what = (
+                "must be left out with plugin, which listens by its own arguments" if plugin else "is missing"
+            )
+            self._errors.append(f"{self._file}: [{where}] listen {what}")
+        if len(self._errors) > before:
+            return None
+        return ServiceConfig(name, limiter, listen, forward, factory, plugin, when_full)
+
+    def _status(self, table: Any) -> StatusConfig | None:
+        if not isinstance(table, dict):
+            self._wrong("", "status", "a table", table)
+            return None
+        table = self._known(table, "status", [each.name for each in attrs.fields(StatusConfig)])
+        right = "an endpoint such as 'tcp:8081:interface=127.0.0.1'"
+        listen = self._value("status", table, "listen", right, _text, None)
+        if "listen" not in table:
+            self._wrong("status", "listen", right, None)
+        show = self._value("status", table, "show_peers", "true or false", _flag, False)
+        hosts = self._value("status", table, "hosts", "a host name, or several", _texts, ())
+        return StatusConfig(listen, show, hosts)
+
+    def _tables(self, document: Mapping[str, Any], key: str) -> dict[str, Mapping[str, Any]]:
+        tables = document.get(key, {})
+        if not isinstance(tables, dict):
+            self._wrong("", key, "tables", tables)
+            return {}
+        found: dict[str, Mapping[str, Any]] = {}
+        for name, table in tables.items():
+            if isinstance(table, dict) and name:
+                found[name] = table
+            else:
+                self._wrong(key, name, "a table with a name", table)
+        return found
+
+    def _known(self, table: Mapping[str, Any], where: str, keys: list[str]) -> dict[str, Any]:
+        for key in table:
+            if key not in keys:
+                nearest = difflib.get_close_matches(key, keys, 1)
+                hint = f"did you mean {nearest[0]}?" if nearest else f"there are {', '.join(keys)}"
+                self._errors.append(f"{self._file}: {_place(where)}{key} is not known; {hint}")
+        return {key: value for key, value in table.items() if key in keys}
+
+    def _value(
+        self,
+        where: str,
+        table: Mapping[str, Any],
+        key: str,
+        right: str,
+        convert: Callable[[Any], Any],
+        default: Any,
+    ) -> Any:
+        if key not in table:
+            return default
+        try:
+            return convert(table[key])
+        except (TypeError, ValueError):
+            self._wrong(where, key, right, table[key])
+            return default
+
+    def _wrong(self, where: str, key: str, right: str, value: object) -> None:
+        was = "and is missing" if value is None else f"not {value!r}"
+        self._errors.append(f"{self._file}: {_place(where)}{key} must be {right}, {was}")
+
+
+def _one_line(text: str) -> str:
+    return "".join(each if each.isprintable() else repr(each)[1:-1] for each in text)
+
+
+def _place(where: str) -> str:
+    return f"[{where}] " if where else ""
+
+
+def _drain(value: Any) -> float:
+    if isinstance(value, str):
+        value = seconds(value)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
+        raise ValueError
+    return value
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str) or not value:
+        raise ValueError
+    return value
+
+
+def _texts(value: Any) -> tuple[str, ...]:
+    if isinstance(value, str):
+        value = [value]
+    if not isinstance(value, list) or not value:
+        raise ValueError
+    return tuple(_text(each) for each in value)
+
+
+def _flag(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError
+    return value
+
+
+def _one_of(choices: tuple[str, ...]) -> Callable[[Any], str]:
+    def convert(value: Any) -> str:
+        if not isinstance(value, str) or value not in choices:
+            raise ValueError
+        return value
+
+    return convert

@@ -1,0 +1,168 @@
+"""
+A running program: starts, reports, drains and stops what ``twistd connlimit`` runs.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable
+from typing import Any
+
+from twisted.application.service import IService, MultiService
+from twisted.internet.defer import Deferred, ensureDeferred, gatherResults
+from twisted.internet.error import CannotListenError
+from twisted.internet.task import LoopingCall
+from twisted.logger import Logger
+
+from connlimit import _descriptors, _systemd
+from connlimit._limiter import Limiter
+from connlimit._log import LimiterLog
+
+_log = Logger()
+
+_STATUS_INTERVAL = 5.0  # seconds
+
+
+class CannotStart(SystemExit, Exception):
+    """
+    The service cannot start; the sentence says why.
+
+    As an Exception it lets twistd clean up and tell its parent, as a SystemExit it ends the process with
+    the sentence and exit code 1, without a traceback.
+    """
+
+
+class Program(MultiService):
+    """
+    Everything that one ``twistd connlimit`` runs.
+
+    :ivar limiters: the limiters by name.
+    :ivar drain_timeout: seconds that connections may take to end when the program is stopped.
+    :ivar status: the service of the status page, which is the last to stop; or None.
+    :ivar hints: what there is to see and to try, logged at the start.
+    """
+
+    def __init__(self, drain_timeout: float = 0.0, log_connections: bool = False) -> None:
+        super().__init__()
+        self.limiters: dict[str, Limiter] = {}
+        self.drain_timeout = drain_timeout
+        self._log_connections = log_connections
+        self.status: IService | None = None
+        self.hints: tuple[str, ...] = ()
+        self._telling = LoopingCall(self._tell_systemd)
+
+    def add_limiter(self, limiter: Limiter) -> None:
+        """
+        Have a limiter logged, and drained at the end.
+        """
+        self.limiters[limiter.name] = limiter
+        limiter.add_observer(LimiterLog(self._log_connections))
+
+    def privilegedStartService(self) -> None:
+        """
+        Raise the descriptor limit and start to listen, or end the program with a sentence that says why not.
+        """
+        _descriptors.raise_limit()
+        self._or_exit(super().privilegedStartService)
+        if self.status is not None:
+            self._or_exit(self.status.privilegedStartService)
+
+    def startService(self) -> None:
+        """
+        Start what listens without privileges, and say what there is.
+        """
+        from twisted.internet import reactor
+
+        self._or_exit(super().startService)
+        if self.status is not None:
+            self._or_exit(self.status.startService)
+        reactor.callWhenRunning(self._running, reactor)
+        for limiter in self.limiters.values():
+            _log.info("{budget}", budget=_budget(limiter))
+        for hint in self.hints:
+            _log.info("{hint}", hint=hint)
+
+    def _running(self, reactor: Any) -> None:
+        _exit_cleanly(reactor)
+        if _systemd.notify("READY=1"):
+            self._telling.start(_STATUS_INTERVAL)
+
+    def stopService(self) -> Deferred[Any]:
+        """
+        Stop listening, refuse the line, let those who are served finish in time, and end the others.
+        """
+        return ensureDeferred(self._stop())
+
+    async def _stop(self) -> None:
+        _systemd.notify("STOPPING=1")
+        if self._telling.running:
+            self._telling.stop()
+        await super().stopService()
+        await gatherResults([ensureDeferred(self._drain(each)) for each in list(self.limiters.values())])
+        if self.status is not None:
+            await self.status.stopService()
+
+    async def _drain(self, limiter: Limiter) -> None:
+        before = limiter.snapshot()
+        if before.active or before.exempt:
+            _log.info(
+                "{limiter}: {active} connections may finish within {seconds} s",
+                limiter=limiter.name,
+                active=before.active + before.exempt,
+                seconds=self.drain_timeout,
+            )
+        await limiter.drain(self.drain_timeout)
+        after = limiter.snapshot()
+        _log.info(
+            "{limiter}: drained: {served} connections were served and {refused} refused in all",
+            limiter=limiter.name,
+            served=after.served,
+            refused=sum(after.refused.values()),
+        )
+
+    def _tell_systemd(self) -> None:
+        _systemd.notify("STATUS=" + "; ".join(summary(each) for each in self.limiters.values()))
+
+    def _or_exit(self, start: Callable[[], None]) -> None:
+        try:
+            start()
+        except (CannotListenError, OSError) as error:
+            raise CannotStart(f"connlimit: {error}") from None
+
+
+def summary(limiter: Limiter) -> str:
+    """
+    One phrase on what a limiter does now.
+    """
+    most = limiter.max_connections
+    served = f"{limiter.active}/{'any' if most is None else most} served"
+    return f"{limiter.name}: {served}, {limiter.waiting} waiting"
+
+
+def _budget(limiter: Limiter) -> str:
+    """
+    One sentence on how many connections there can be.
+    """
+    served, waiting, descriptors = limiter.max_connections, limiter.max_waiting, _descriptors.limit()
+    facts = [f"{'any number' if served is None else served} served at once"]
+    if descriptors is not None:
+        kept_free = _descriptors.reserve(descriptors)
+        facts.insert(0, f"{descriptors} descriptors, {kept_free} of them kept free of those who wait")
+        room = max(0, descriptors - kept_free - (served or 0))
+        waiting = room if waiting is None else min(room, waiting)
+    facts.append(f"room for {'any number' if waiting is None else waiting} in the line")
+    return f"{limiter.name}: " + ", ".join(facts)
+
+
+def _exit_cleanly(reactor: Any) -> None:
+    """
+    Make SIGTERM an order to stop that is carried out with exit code 0; a second one ends the process at once.
+
+    Twisted's own handler stops as well, but then lets the process die of the signal.
+    """
+
+    def stop(number: int, frame: object) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        reactor.callFromThread(reactor.stop)
+
+    signal.signal(signal.SIGTERM, stop)

@@ -1,0 +1,109 @@
+"""
+The status of limiters in a terminal: ``connlimit-top URL``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+from urllib.error import URLError
+from urllib.request import urlopen
+
+_BAR = 30
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """
+    Show the status again and again, or once.
+
+    :return: the exit code.
+    """
+    parser = argparse.ArgumentParser(prog="connlimit-top", description=__doc__)
+    parser.add_argument("url", help="that of a status page, such as http://127.0.0.1:8081/")
+    parser.add_argument("--once", action="store_true", help="show it once")
+    parser.add_argument("--json", action="store_true", help="show it as JSON, a line each time")
+    parser.add_argument("--interval", type=float, default=1.0, metavar="SECONDS", help="between two looks")
+    options = parser.parse_args(arguments)
+    clear = "" if options.once or options.json or not sys.stdout.isatty() else "\x1b[H\x1b[J"
+    while True:
+        try:
+            state = fetch(options.url)
+        except (URLError, OSError, ValueError) as error:
+            print(
+                f"{clear}connlimit-top: URL must be that of a status page, not {options.url!r}: {error}",
+                file=sys.stderr,
+            )
+            if options.once:
+                return 1
+        else:
+            print(clear + (json.dumps(state) if options.json else "\n".join(lines(state))), flush=True)
+            if options.once:
+                return 0
+        try:
+            time.sleep(options.interval)
+        except KeyboardInterrupt:
+            return 0
+
+
+def fetch(url: str) -> dict[str, Any]:
+    """
+    What the status page at this URL tells.
+
+    :raises OSError: if there is no answer.
+    :raises ValueError: if it is something else.
+    """
+    with urlopen(url.rstrip("/") + "/status.json", timeout=10) as response:
+        state = json.load(response)
+    if not isinstance(state, dict) or "limiters" not in state:
+        raise ValueError("this is something else")
+    return state
+
+
+def lines(state: dict[str, Any]) -> list[str]:
+    """
+    The status as lines of text.
+    """
+    shown = []
+    for limiter in state["limiters"]:
+        shown.append(_printable(limiter["name"]) + (" (draining)" if limiter["draining"] else ""))
+        shown.append(_bar("served", limiter["active"], limiter["max_connections"]))
+        shown.append(_bar("waiting", limiter["waiting"], limiter["max_waiting"]))
+        waits = "  ".join(f"{name} {value:.2f} s" for name, value in limiter["percentiles"].items())
+        shown.append(f"  waits    longest now {limiter['longest_wait']:.2f} s  {waits}")
+        refused = ", ".join(f"{count} {reason}" for reason, count in limiter["refused"].items() if count)
+        shown.append(
+            f"  so far   {limiter['accepted']} accepted  {limiter['finished']} finished  "
+            f"{limiter['departed']} departed  refused: {refused or 'none'}"
+        )
+        for peer in limiter.get("peers", [])[:5]:
+            shown.append(
+                f"  peer     {_printable(peer['peer']):40} {peer['active']} served  {peer['waiting']} waiting"
+            )
+        shown.append("")
+    descriptors = state["descriptors"]
+    shown.append(
+        f"descriptors {descriptors['open']} of {descriptors['limit']}   "
+        f"reactor lag {state['reactor_lag'] * 1000:.0f} ms"
+    )
+    return shown
+
+
+def _bar(word: str, value: int, most: int | None) -> str:
+    filled = 0 if not most else round(_BAR * min(1.0, value / most))
+    of = "no limit" if most is None else f"of {most}"
+    return f"  {word:8} [{'#' * filled}{'.' * (_BAR - filled)}] {value} {of}"
+
+
+def _printable(text: str) -> str:
+    """
+    The text without what would command a terminal.
+    """
+    return "".join(character if character.isprintable() else "?" for character in text)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

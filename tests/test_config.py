@@ -1,0 +1,272 @@
+"""
+The configuration file: what it may say, and all that is wrong with it at once.
+"""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support import PATIENCE, failing, twistd_command
+
+from connlimit import refusals
+from connlimit._config import Config, ConfigError, ServiceConfig, StatusConfig, read
+
+EXAMPLE = Path(__file__).parent.parent / "docs" / "examples" / "connlimit.toml"
+
+SMALL = """
+[limiters.web]
+max_connections = 5
+[services.site]
+listen = "tcp:0"
+forward = "tcp:localhost:9000"
+"""
+
+
+def written(folder: Path, text: str) -> Path:
+    path = folder / "connlimit.toml"
+    path.write_text(text)
+    return path
+
+
+def errors_of(folder: Path, text: str) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        read(written(folder, text))
+    return caught.value.errors
+
+
+def test_a_small_file_is_enough(tmp_path: Path) -> None:
+    assert read(written(tmp_path, SMALL)) == Config(
+        {"web": {"max_connections": 5, "name": "web"}},
+        {"site": ServiceConfig("site", "web", ("tcp:0",), "tcp:localhost:9000")},
+    )
+
+
+def test_every_kind_of_value_is_read(tmp_path: Path) -> None:
+    config = read(
+        written(
+            tmp_path,
+            """
+            drain_timeout = "2min"
+            [limiters.a]
+            wait_timeout = "500ms"
+            idle_timeout = 5
+            max_rate = 2.5
+            peer_prefix = [24, 56]
+            exempt = ["127.0.0.1", "::1"]
+            notice = [5, 'wait\\r\\n']
+            refusal = "smtp"
+            dry_run = true
+            order = "lifo"
+            max_waiting = "none"
+            [services.s]
+            plugin = ["web", "--path=."]
+            when_full = "stop-accepting"
+            [status]
+            listen = "tcp:8081"
+            show_peers = true
+            hosts = ["status.example"]
+            """,
+        )
+    )
+    limiter = dict(config.limiters["a"])
+    assert [str(each) for each in limiter.pop("exempt").networks] == ["127.0.0.1/32", "::1/128"]
+    assert limiter == {
+        "name": "a",
+        "wait_timeout": 0.5,
+        "idle_timeout": 5,
+        "max_rate": 2.5,
+        "peer_prefix": (24, 56),
+        "notice": (5, b"wait\r\n"),
+        "refusal": refusals.SMTP,
+        "dry_run": True,
+        "order": "lifo",
+        "max_waiting": None,
+    }
+    assert config.drain_timeout == 120
+    assert config.services["s"].plugin == ("web", "--path=.")
+    assert config.status == StatusConfig("tcp:8081", True, ("status.example",))
+
+
+def test_everything_that_is_wrong_is_told_at_once(tmp_path: Path) -> None:
+    errors = errors_of(
+        tmp_path,
+        """
+        drain_timeout = "soon"
+        colour = "red"
+        [limiters.web]
+        max_conections = 5
+        wait_timeout = "-3s"
+        refusal = "htpp"
+        [services.one]
+        listen = 8080
+        forward = "tcp:localhost:9000"
+        factory = "a:b"
+        limiter = "wbe"
+        [services.two]
+        forward = "tcp:localhost:9000"
+        [services.three]
+        listen = "tcp:1"
+        plugin = ["web"]
+        [status]
+        show_peers = "yes"
+        """,
+    )
+    file = f"{tmp_path / 'connlimit.toml'}: "
+    assert all(error.startswith(file) and "\n" not in error for error in errors)
+    told = "\n".join(error.removeprefix(file) for error in errors)
+    for words in (
+        "drain_timeout must be a number of seconds, 0 or more, not 'soon'",
+        "colour is not known; there are limiters, services, status, drain_timeout, log_connections",
+        "[limiters.web] max_conections is not known; did you mean max_connections?",
+        "[limiters.web] wait_timeout must be a number of seconds above 0",
+        "[limiters.web] refusal must be close, reset,",
+        "[services.one] listen must be an endpoint such as 'tcp:8080', or several, not 8080",
+        "[services.one] limiter must be the name of a limiter (web), not 'wbe'",
+        "[services.one] needs one of forward, factory and plugin, not forward and factory",
+        "[services.two] listen is missing",
+        "[services.three] listen must be left out with plugin",
+        "[status] listen must be an endpoint such as 'tcp:8081:interface=127.0.0.1', and is missing",
+        "[status] show_peers must be true or false, not 'yes'",
+    ):
+        assert words in told
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "limiters must be at least one table"),
+        ("[limiters.a]\n", "services must be at least one table"),
+        ("limiters = 5\n", "limiters must be tables, not 5"),
+        ("[limiters]\na = 5\n", "[limiters] a must be a table with a name, not 5"),
+        ("this is no TOML", "this is no TOML"),
+        (SMALL + "[limiters.other]\n", "limiter must be the name of a limiter (web, other), and is missing"),
+        ("status = 5\n" + SMALL, "status must be a table, not 5"),
+    ],
+)
+def test_each_mistake_gets_a_sentence(text: str, words: str, tmp_path: Path) -> None:
+    assert words in "\n".join(errors_of(tmp_path, text))
+
+
+def test_a_file_that_cannot_be_read_gets_a_sentence(tmp_path: Path) -> None:
+    for path in (tmp_path / "nothing", tmp_path):
+        with pytest.raises(ConfigError, match="the file cannot be read"):
+            read(path)
+    (tmp_path / "binary").write_bytes(b"\xff\xfe")
+    with pytest.raises(ConfigError, match="this is no TOML"):
+        read(tmp_path / "binary")
+
+
+def test_the_example_is_right_and_check_config_says_what_it_does() -> None:
+    done = subprocess.run(
+        twistd_command("connlimit", "--config", str(EXAMPLE), "--check-config"),
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        check=True,
+    )
+    assert "limiter web: max_connections=500" in done.stdout
+    assert (
+        "service site: listens at tcp:8080, tcp6:8443, forwards to tcp:localhost:9000, behind limiter web"
+    ) in done.stdout
+    assert "service files: runs web --listen=tcp:8090 --path=., behind limiter web" in done.stdout
+    assert "status page: listens at tcp:8081:interface=127.0.0.1" in done.stdout
+
+
+def test_on_the_command_line_all_mistakes_are_told_and_nothing_is_started(tmp_path: Path) -> None:
+    path = written(
+        tmp_path, SMALL.replace("5", "-5") + '[services.x]\nlisten = "tpc:1"\nforward = "tcp:localhost:1"\n'
+    )
+    assert "max_connections must be" in failing("connlimit", "--config", str(path))
+    path = written(
+        tmp_path,
+        SMALL.replace("tcp:0", "tpc:0") + '[services.x]\nlisten = "tcp:0"\nfactory = "nowhere:factory"\n',
+    )
+    done = subprocess.run(
+        twistd_command("connlimit", "--config", str(path)), capture_output=True, text=True, timeout=PATIENCE
+    )
+    first, second = done.stderr.splitlines()
+    assert done.returncode == 1
+    assert "[services.site] listen must be an endpoint" in first
+    assert "[services.x] factory nowhere:factory failed" in second
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--config", "x.toml", "--max-connections", "5"], "--max-connections must be in the file"),
+        (["--config", "x.toml", "--listen", "tcp:1"], "--listen must be in the file"),
+        (["--check-config"], "--check-config needs --config FILE"),
+        (["--config", "/nowhere.toml"], "the file cannot be read"),
+    ],
+)
+def test_a_wrong_command_line_gets_one_sentence(arguments: list[str], words: str) -> None:
+    assert words in failing("connlimit", *arguments)
+
+
+SCALARS = st.one_of(
+    st.integers(),
+    st.floats(),
+    st.booleans(),
+    st.text(),
+    st.sampled_from(["tcp:0", "web", "http", "5s", "fair", "none"]),
+)
+KEYS = st.one_of(
+    st.text(),
+    st.sampled_from(
+        [
+            "limiters",
+            "services",
+            "status",
+            "drain_timeout",
+            "max_connections",
+            "listen",
+            "forward",
+            "plugin",
+            "limiter",
+            "refusal",
+            "notice",
+            "exempt",
+            "peer_prefix",
+            "wait_timeout",
+            "factory",
+            "when_full",
+        ]
+    ),
+)
+VALUES = st.recursive(
+    SCALARS,
+    lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(KEYS, inner, max_size=4)),
+    max_leaves=8,
+)
+
+
+@settings(max_examples=10_000, deadline=None)
+@given(
+    st.dictionaries(
+        st.sampled_from(["limiters", "services", "status", "drain_timeout", "other"]),
+        st.one_of(VALUES, st.dictionaries(KEYS, st.dictionaries(KEYS, VALUES, max_size=4), max_size=2)),
+        max_size=4,
+    )
+)
+def test_whatever_it_says_it_is_right_or_wrong(document: dict[str, object]) -> None:
+    from connlimit._config import _Reader
+
+    errors: list[str] = []
+    try:
+        _Reader("file").config(document)
+    except ConfigError as error:
+        errors = error.errors
+    assert all(each.isprintable() for each in errors)
+
+
+@settings(max_examples=500, deadline=None)
+@given(st.binary(max_size=200))
+def test_any_bytes_are_a_file_or_an_error(tmp_path_factory: pytest.TempPathFactory, data: bytes) -> None:
+    path = tmp_path_factory.getbasetemp() / "random.toml"
+    path.write_bytes(data)
+    with pytest.raises(ConfigError):
+        read(path)
