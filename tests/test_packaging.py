@@ -143,4 +143,9 @@ def test_the_wheel_holds_the_package_and_the_plugin_and_nothing_else(built: Path
     package = {
         file.relative_to(ROOT / "src").as_posix() for file in (ROOT / "src" / "connlimit").rglob("*.py")
     }
-    assert names == package | {"connlimit/py.typed", "twisted/plugins/connlimit_plugin.py"}
+    assert names == package | {
+        "connlimit/py.typed",
+        "connlimit/status/status.css",
+        "connlimit/status/status.js",
+        "twisted/plugins/connlimit_plugin.py",
+    }

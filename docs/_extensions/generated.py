@@ -11,8 +11,11 @@ from docutils import nodes
 from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 
+from connlimit import Limiter
 from connlimit._settings import FIELDS
 from connlimit._tap import Options
+from connlimit.metrics import LimiterCollector
+from connlimit.status._watch import Watch
 
 
 class SettingsDirective(SphinxDirective):
@@ -55,6 +58,29 @@ class ConformanceDirective(SphinxDirective):
         return self.parse_text_to_nodes("\n".join(f"- {row}" for row in rows))
 
 
+class MetricsDirective(SphinxDirective):
+    """
+    The metrics, as a collector gives them.
+    """
+
+    def run(self) -> list[nodes.Node]:
+        watch = Watch(Limiter(1, name="web"))
+        lines = [".. list-table::", "   :header-rows: 1", "   :widths: 40 15 45", ""]
+        rows = [("Metric", "Type", "Means")]
+        for family in LimiterCollector([watch], 0.0).collect():
+            name = f"{family.name}_total" if family.type == "counter" else family.name
+            labels = ", ".join(
+                sorted({label for sample in family.samples for label in sample.labels} - {"le"})
+            )
+            rows.append(
+                (f"``{name}{{{labels}}}``" if labels else f"``{name}``", family.type, family.documentation)
+            )
+        for row in rows:
+            for index, cell in enumerate(row):
+                lines.append(f"   {'*' if index == 0 else ' '} - {cell}")
+        return self.parse_text_to_nodes("\n".join(lines))
+
+
 def setup(app: Sphinx) -> dict[str, bool]:
     """
     Register the directives.
@@ -62,4 +88,5 @@ def setup(app: Sphinx) -> dict[str, bool]:
     app.add_directive("limiter-settings", SettingsDirective)
     app.add_directive("command-line-options", OptionsDirective)
     app.add_directive("conformance-table", ConformanceDirective)
+    app.add_directive("metrics-table", MetricsDirective)
     return {"parallel_read_safe": True}

@@ -4,7 +4,16 @@ A connection limiter for any Twisted server: so many are served at once, the oth
 
 from connlimit._factory import LimitingFactory
 from connlimit._limiter import Limiter, Snapshot
+from connlimit._log import LimiterLog
 from connlimit._proxied import AfterHeader
 from connlimit._service import LimitedService, LimitingEndpoint
 
-__all__ = ["AfterHeader", "LimitedService", "Limiter", "LimitingEndpoint", "LimitingFactory", "Snapshot"]
+__all__ = [
+    "AfterHeader",
+    "LimitedService",
+    "Limiter",
+    "LimiterLog",
+    "LimitingEndpoint",
+    "LimitingFactory",
+    "Snapshot",
+]

@@ -18,7 +18,10 @@ from connlimit._settings import FIELDS, load, seconds
 if sys.version_info >= (3, 11):
     import tomllib
 else:
-    import tomli as tomllib
+    try:
+        import tomli as tomllib
+    except ImportError:
+        tomllib = None
 
 
 class ConfigError(Exception):
@@ -119,6 +122,8 @@ def read(path: Path) -> Config:
 
     :raises ConfigError: with everything that is wrong with it.
     """
+    if tomllib is None:
+        raise ConfigError([f"{path}: files need tomli on this Python: pip install 'connlimit[config]'"])
     try:
         data = path.read_bytes()
     except OSError as error:

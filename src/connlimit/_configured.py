@@ -171,6 +171,8 @@ class ConfiguredProgram(Program):
         """
         Start to listen, or end the program with a sentence that says why not.
         """
+        if hasattr(signal, "SIGHUP"):
+            signal.signal(signal.SIGHUP, lambda number, frame: self._reactor.callFromThread(self.reload))
         super().privilegedStartService()
         self._or_exit(self._start_units)
 
@@ -179,11 +181,6 @@ class ConfiguredProgram(Program):
             unit = self._units[name] = _Unit(parts, self.limiters[parts.config.limiter])
             unit.listen(parts)
             unit.start()
-
-    def _running(self, reactor: Any) -> None:
-        super()._running(reactor)
-        if hasattr(signal, "SIGHUP"):
-            signal.signal(signal.SIGHUP, lambda number, frame: reactor.callFromThread(self.reload))
 
     async def _stop(self) -> None:
         for unit in self._units.values():

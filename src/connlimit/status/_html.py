@@ -76,10 +76,12 @@ def _limiter(facts: dict[str, Any]) -> str:
         tables += _table("Busiest peers", peers, ("peer", "served", "waiting"))
         line = [(w["address"], _seconds(w["age"])) for w in facts["line"]]
         tables += _table("First in line", line, ("address", "waits for"))
-    draining = " · draining" if facts["draining"] else ""
+    state = " · draining" if facts["draining"] else ""
+    if full:
+        state += ' <span class="state">full</span>'
     return (
         f'<section class="{"full" if full else "room"}" aria-labelledby="limiter-{name}">'
-        f'<h2 id="limiter-{name}">{name}{draining}</h2>'
+        f'<h2 id="limiter-{name}">{name}{state}</h2>'
         + _bar("active", "served", facts["active"], most)
         + _bar("waiting", "waiting", facts["waiting"], most_waiting)
         + _chart(facts["history"])

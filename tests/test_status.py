@@ -1,0 +1,406 @@
+"""
+The status page, its JSON, the metrics and the terminal's view.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, suppress
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from support import PATIENCE, Program, require_program, running
+from twisted.internet.address import IPv4Address, IPv6Address, UNIXAddress
+from twisted.internet.task import Clock
+
+from connlimit import Limiter, top
+from connlimit.status import _html
+from connlimit.status._service import StatusService, _is_loopback
+from connlimit.status._watch import Watch
+
+ECHO = """
+from twisted.internet.protocol import Factory, Protocol
+
+class Echo(Protocol):
+    def dataReceived(self, data):
+        self.transport.write(data)
+
+factory = Factory.forProtocol(Echo)
+"""
+
+
+class Server:
+    """
+    A limited server with a status page.
+    """
+
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        ports = [int(port) for port in re.findall(r"starting on (\d+)", program.output)]
+        self.status, self.port = ports[0], ports[1]
+        if "Site starting on" in program.output:
+            self.status = int(re.search(r"Site starting on (\d+)", program.output)[1])
+            self.port = next(port for port in ports if port != self.status)
+        self.url = f"http://127.0.0.1:{self.status}/"
+
+    def ask(self, path: str = "/", method: str = "GET", **headers: str) -> tuple[int, dict[str, str], str]:
+        connection = http.client.HTTPConnection("127.0.0.1", self.status, timeout=PATIENCE)
+        with closing(connection):
+            connection.request(method, path, headers=headers)
+            response = connection.getresponse()
+            return response.status, dict(response.getheaders()), response.read().decode()
+
+    def facts(self) -> dict[str, object]:
+        return json.loads(self.ask("/status.json")[2])["limiters"][0]
+
+    def until(self, **facts: object) -> None:
+        began = time.monotonic()
+        while not facts.items() <= (now := self.facts()).items():
+            assert time.monotonic() - began < PATIENCE, now
+            time.sleep(0.02)
+
+    def connect(self) -> socket.socket:
+        return socket.create_connection(("127.0.0.1", self.port), PATIENCE)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """
+    A server of two slots.
+    """
+    folder = tmp_path_factory.mktemp("server")
+    (folder / "echoes.py").write_text(ECHO)
+    command = ["--listen=tcp:0:interface=127.0.0.1", "--status=tcp:0:interface=127.0.0.1"]
+    command += ["--factory=echoes:factory", "--max-connections=2", "--max-waiting=10", "--name=<main>"]
+    with running("connlimit", *command, cwd=folder) as program:
+        program.wait_for("2 served at once")
+        yield Server(program)
+
+
+class Balanced(HTMLParser):
+    """
+    Checks that what was opened is closed, and keeps the text.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.text = ""
+
+    def handle_starttag(self, tag: str, attrs: object) -> None:
+        if tag not in ("meta", "link", "rect", "polyline"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: object) -> None: ...
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def test_the_page_tells_everything_without_a_script(server: Server) -> None:
+    with ExitStack() as stack:
+        for _ in range(3):
+            stack.enter_context(server.connect())
+        server.until(active=2, waiting=1)
+        status, headers, text = server.ask("/")
+        assert status == 200
+        page = Balanced()
+        page.feed(text)
+        assert page.open == []
+        for words in ("<main>", "2 served of 2", "1 waiting of 10", "127.0.0.1", "accepted", "descriptors"):
+            assert words in page.text
+        assert 'class="full"' in text
+        assert "<main>" not in re.sub(r'<main id="main">|</main>', "", text)  # a name is no markup
+        assert "default-src 'none'" in headers["Content-Security-Policy"]
+        assert "http" not in text.replace("http-equiv", "")  # no outside address
+    server.until(active=0, waiting=0)
+
+
+def test_the_json_has_the_same_facts(server: Server) -> None:
+    with server.connect() as client:
+        client.sendall(b"hello")
+        assert client.recv(10) == b"hello"
+        facts = server.facts()
+        assert (facts["name"], facts["active"], facts["max_connections"]) == ("<main>", 1, 2)
+        assert facts["peers"] == [{"peer": "127.0.0.1", "active": 1, "waiting": 0}]
+        assert set(facts["history"]) == {"active", "waiting", "refused"}
+    server.until(active=0)
+
+
+def test_health_is_ok(server: Server) -> None:
+    assert server.ask("/health")[::2] == (200, "ok\n")
+
+
+@pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "OPTIONS", "PATCH"])
+def test_only_get_and_head_are_answered(server: Server, method: str) -> None:
+    status, headers, _ = server.ask("/", method)
+    assert (status, headers["Allow"]) == (405, "GET, HEAD")
+
+
+@pytest.mark.parametrize("path", ["/", "/status.json", "/metrics", "/health", "/status.js", "/events"])
+def test_head_is_get_without_the_body(server: Server, path: str) -> None:
+    status, _, body = server.ask(path, "HEAD")
+    assert (status, body) == (200, "")
+
+
+@pytest.mark.parametrize(
+    ("host", "expected"),
+    [
+        ("127.0.0.1", 200),
+        ("localhost:8081", 200),
+        ("[::1]:80", 200),
+        ("evil.example", 421),
+        ("127.0.0.1.evil.example", 421),
+        ("", 421),
+    ],
+)
+def test_a_foreign_name_is_not_answered(server: Server, host: str, expected: int) -> None:
+    assert server.ask("/status.json", Host=host)[0] == expected
+
+
+def test_what_is_not_there_is_not_found(server: Server) -> None:
+    for path in ("/nothing", "/../etc/passwd", "/%00", "/status.json/x"):
+        assert server.ask(path)[0] == 404
+
+
+def test_the_page_follows_each_second(server: Server) -> None:
+    with socket.create_connection(("127.0.0.1", server.status), PATIENCE) as client:
+        client.sendall(b"GET /events HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        received = b""
+        while received.count(b"data: ") < 3:
+            received += client.recv(65536)
+        assert b"Content-Type: text/event-stream" in received.replace(b"content-type", b"Content-Type")
+        assert b"served" in received
+
+
+def test_bad_clients_do_not_move_the_limited_service(server: Server) -> None:
+    def latency() -> float:
+        times = []
+        with server.connect() as client:
+            for _ in range(50):
+                began = time.perf_counter()
+                client.sendall(b"x")
+                assert client.recv(1) == b"x"
+                times.append(time.perf_counter() - began)
+        return sorted(times)[25]
+
+    before = latency()
+    with ExitStack() as stack:
+        watchers = [socket.socket() for _ in range(1000)]
+        for number, watcher in enumerate(watchers):
+            stack.enter_context(watcher)
+            watcher.settimeout(PATIENCE)
+            watcher.connect_ex(("127.0.0.1", server.status))
+            request = [
+                b"GET /events HTTP/1.1\r\nHost: localhost\r\n\r\n",
+                b"GET / HTTP/1.1\r\nX: " + b"x" * 100_000,
+                b"GET ",
+                b"\0\xff" * 100,
+            ][number % 4]
+            with suppress(OSError):
+                watcher.sendall(request)
+        during = latency()
+        assert during < before * 5 + 0.02
+    assert server.ask("/health")[0] in (200, 503)
+
+
+def test_metrics_are_right_by_their_own_parser_and_by_promtool(server: Server) -> None:
+    parser = pytest.importorskip("prometheus_client.parser")
+    status, headers, text = server.ask("/metrics")
+    assert status == 200
+    assert headers["Content-Type"].startswith("text/plain")
+    names = {family.name for family in parser.text_string_to_metric_families(text)}
+    assert {
+        "connlimit_connections",
+        "connlimit_max_connections",
+        "connlimit_accepted",
+        "connlimit_finished",
+        "connlimit_refused",
+        "connlimit_departed",
+        "connlimit_reclaimed",
+        "connlimit_wait_seconds",
+        "connlimit_longest_wait_seconds",
+        "connlimit_backlog",
+        "connlimit_descriptors",
+        "connlimit_reactor_lag_seconds",
+    } <= names
+    done = subprocess.run(
+        [require_program("promtool"), "check", "metrics"], input=text, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr, done.stdout) == (0, "", "")
+
+
+def test_the_terminal_shows_the_same(server: Server) -> None:
+    command = [sys.executable, "-m", "connlimit.top", server.url, "--once"]
+    shown = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=True).stdout
+    assert "<main>" in shown
+    assert "served   [..............................] 0 of 2" in shown
+    state = subprocess.run(
+        [*command, "--json"], capture_output=True, text=True, timeout=PATIENCE, check=True
+    ).stdout
+    assert json.loads(state)["limiters"][0]["name"] == "<main>"
+
+
+def test_the_terminal_says_what_is_wrong() -> None:
+    with closing(socket.create_server(("127.0.0.1", 0))) as unused:
+        port = unused.getsockname()[1]
+    for url in (f"http://127.0.0.1:{port}/", "nonsense"):
+        done = subprocess.run(
+            [sys.executable, "-m", "connlimit.top", url, "--once"],
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE,
+        )
+        assert done.returncode == 1
+        assert "URL must be that of a status page" in done.stderr
+        assert len(done.stderr.splitlines()) == 1
+
+
+def test_names_cannot_command_the_terminal() -> None:
+    limiter = Limiter(5, name="\x1b[31mred")
+    facts = {**Watch(limiter).facts(True), "history": {}}
+    state = {"limiters": [facts], "descriptors": {"open": 1, "limit": 2}, "reactor_lag": 0.0}
+    assert "\x1b" not in "\n".join(top.lines(state))
+
+
+class Limited:
+    """
+    Whatever has limiters.
+    """
+
+    def __init__(self, *limiters: Limiter) -> None:
+        self.limiters = {limiter.name: limiter for limiter in limiters}
+
+
+class Asks:
+    """
+    A request, as far as it matters who asks.
+    """
+
+    def __init__(self, address: object) -> None:
+        self.getClientAddress = lambda: address
+
+
+def test_addresses_of_peers_are_for_loopback_unless_the_setting_says_otherwise() -> None:
+    near, far = IPv4Address("TCP", "127.0.0.1", 1), IPv6Address("TCP", "2001:db8::1", 1)
+    for show, expected in ((False, [True, False]), (True, [True, True])):
+        service = StatusService(None, Limited(), show, frozenset())
+        assert [service.may_see_peers(Asks(address)) for address in (near, far)] == expected
+    assert _is_loopback("::ffff:127.0.0.1")
+    assert not _is_loopback("odd")
+    assert StatusService(None, Limited(), False, frozenset()).may_see_peers(Asks(UNIXAddress(b"/x")))
+    limiter = Limiter(0)
+    assert "peers" not in Watch(limiter).facts(False)
+    assert "line" not in Watch(limiter).facts(False)
+
+
+def test_a_name_that_is_configured_is_ours() -> None:
+    service = StatusService(None, Limited(), False, frozenset({"status.example"}))
+    assert service.is_ours(b"status.example:80")
+    assert not service.is_ours(b"other.example")
+    assert not service.is_ours(None)
+
+
+def test_limiters_that_come_and_go_are_followed() -> None:
+    clock = Clock()
+    first, second = Limiter(1, name="a", clock=clock), Limiter(1, name="b", clock=clock)
+    limited = Limited(first)
+    service = StatusService(None, limited, False, frozenset())
+    assert [each["name"] for each in service.state(False)["limiters"]] == ["a"]
+    limited.limiters = {"b": second}
+    assert [each["name"] for each in service.state(False)["limiters"]] == ["b"]
+    assert first._observers == ()
+
+
+def test_percentiles_are_those_of_the_last_waits() -> None:
+    watch = Watch(Limiter(1))
+    for hundredth in range(100):
+        watch.served(watch.limiter, None, hundredth / 100)
+    assert watch.percentiles() == {"p50": 0.5, "p90": 0.9, "p99": 0.99}
+    assert sum(watch.counts) == 100
+
+
+def test_a_chart_shows_ten_minutes_at_most() -> None:
+    limiter = Limiter(1)
+    watch = Watch(limiter)
+    for _ in range(700):
+        watch.sample()
+    assert len(watch.samples) == 600
+    assert _html._points([0] * 600, 1).count(" ") == 199
+    assert _html._points([], 1) == ""
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[object]:
+    """
+    A real browser.
+    """
+    webdriver = pytest.importorskip("selenium.webdriver")
+    options = webdriver.ChromeOptions()
+    options.binary_location = require_program("chromium")
+    for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--window-size=900,900"):
+        options.add_argument(argument)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    driver = webdriver.Chrome(options, webdriver.ChromeService(require_program("chromedriver")))
+    yield driver
+    driver.quit()
+
+
+def page_until(browser: object, words: str) -> None:
+    began = time.monotonic()
+    while words not in browser.find_element("css selector", "body").text:
+        assert time.monotonic() - began < PATIENCE, browser.find_element("css selector", "body").text
+        time.sleep(0.1)
+
+
+def test_in_a_browser_the_numbers_move_and_survive_a_restart(browser: object, tmp_path: Path) -> None:
+    (tmp_path / "echoes.py").write_text(ECHO)
+    with closing(socket.create_server(("127.0.0.1", 0))) as unused:
+        port = unused.getsockname()[1]
+    command = ["connlimit", "--listen=tcp:0:interface=127.0.0.1", "--factory=echoes:factory"]
+    command += [f"--status=tcp:{port}:interface=127.0.0.1", "--max-connections=3", "--max-waiting=10"]
+    with running(*command, cwd=tmp_path) as program, ExitStack() as stack:
+        program.wait_for("3 served at once")
+        server = Server(program)
+        browser.get(server.url)
+        page_until(browser, "live")
+        page_until(browser, "0 served of 3")
+        screenshot(browser, "idle")
+        for _ in range(2):
+            stack.enter_context(server.connect())
+        page_until(browser, "2 served of 3")
+        screenshot(browser, "busy")
+        for _ in range(5):
+            stack.enter_context(server.connect())
+        page_until(browser, "3 served of 3")
+        page_until(browser, "4 waiting of 10")
+        assert browser.find_element("css selector", "section.full h2")
+        screenshot(browser, "full")
+        assert browser.get_log("browser") == []
+    page_until(browser, "not connected")
+    with running(*command, cwd=tmp_path) as program:
+        program.wait_for("3 served at once")
+        page_until(browser, "live")
+        page_until(browser, "0 served of 3")
+
+
+def screenshot(browser: object, name: str) -> None:
+    """
+    Keep what the browser shows, if it is asked for by CONNLIMIT_SCREENSHOTS, the folder to keep it in.
+    """
+    folder = os.environ.get("CONNLIMIT_SCREENSHOTS")
+    if folder:
+        time.sleep(3)
+        browser.save_screenshot(str(Path(folder) / f"status-{name}.png"))
