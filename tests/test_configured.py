@@ -5,6 +5,7 @@ A program with a configuration file: what it runs, how it is reloaded and how it
 from __future__ import annotations
 
 import json
+import re
 import signal
 import socket
 import subprocess
@@ -268,6 +269,39 @@ def test_a_socket_of_systemd_can_be_listened_at(tmp_path: Path) -> None:
         finally:
             process.terminate()
             assert process.wait(PATIENCE) == 0
+
+
+def test_the_shipped_example_runs_is_reloaded_and_stops(tmp_path: Path) -> None:
+    example = (Path(__file__).parent.parent / "docs/examples/connlimit.toml").read_text()
+    ports = {number: free_port() for number in ("8080", "8443", "8090", "8081", "2525", "9000")}
+    for number, port in ports.items():
+        example = re.sub(rf"\b{number}\b", str(port), example)
+    path = tmp_path / "connlimit.toml"
+    path.write_text(example)
+    (tmp_path / "page.txt").write_text("the page")
+    with (
+        running("web", f"--listen=tcp:{ports['9000']}", f"--path={tmp_path}") as backend,
+        running("connlimit", "--config", str(path), cwd=tmp_path) as program,
+    ):
+        backend.wait_for("Starting factory")
+        program.wait_for("mail: .* 100 served at once")
+
+        def page(number: str) -> str:
+            url = f"http://127.0.0.1:{ports[number]}/page.txt"
+            with urllib.request.urlopen(url, timeout=PATIENCE) as answer:
+                return answer.read().decode()
+
+        assert page("8080") == page("8090") == "the page"
+        path.write_text(example.replace("max_connections = 500", "max_connections = 400"))
+        program.process.send_signal(signal.SIGHUP)
+        program.wait_for("web: max_connections 500 -> 400")
+        assert page("8080") == "the page"
+        with socket.create_connection(("127.0.0.1", ports["2525"]), PATIENCE) as client:
+            client.sendall(b"PROXY TCP4 192.0.2.1 127.0.0.1 5 6\r\n")
+            program.wait_for("was read again")
+        with urllib.request.urlopen(f"http://127.0.0.1:{ports['8081']}/health", timeout=PATIENCE) as answer:
+            assert answer.read() == b"ok\n"
+        assert program.terminate() == 0
 
 
 class Load(threading.Thread):

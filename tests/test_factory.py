@@ -120,6 +120,13 @@ class BuildingTests(LimiterTestCase):
 
         self.server.buildProtocol = build
 
+    def test_a_connection_without_an_address_is_served(self) -> None:
+        self.limited(5, max_per_peer=1)
+        connections = [self.factory.buildProtocol(None) for _ in range(2)]
+        # Nobody knows whose they are, so no cap of a peer holds.
+        self.assertNotIn(None, connections)
+        self.assert_counts(active=2)
+
     def test_none_closes_the_connection_and_takes_no_slot(self) -> None:
         self.limited(1)
         self.build(None)

@@ -298,6 +298,17 @@ async def test_a_refusal_that_fails_closes_the_connection() -> None:
 
 
 @ensureDeferred
+async def test_a_waiting_client_hears_its_notice_once_and_then_its_server() -> None:
+    limiter = Limiter(0, notice=(0.1, b"220-please wait\r\n"))
+    async with listening(limiter) as (_, where):
+        client = await connected(where)
+        client.transport.write(b"hello")
+        await client.receives(b"220-please wait\r\n")
+        limiter.max_connections = 1
+        await client.receives(b"220-please wait\r\nhello")
+
+
+@ensureDeferred
 async def test_a_drained_line_is_told() -> None:
     limiter = Limiter(0, refusal="smtp")
     async with listening(limiter) as (_, where):

@@ -396,6 +396,37 @@ def test_in_a_browser_the_numbers_move_and_survive_a_restart(browser: object, tm
         page_until(browser, "0 served of 3")
 
 
+def test_on_a_phone_nothing_is_wider_than_the_screen(browser: object, server: Server) -> None:
+    browser.set_window_size(500, 800)  # no window is narrower; the page itself is told that it is a phone
+    browser.execute_cdp_cmd(
+        "Emulation.setDeviceMetricsOverride",
+        {"width": 360, "height": 740, "deviceScaleFactor": 2, "mobile": True},
+    )
+    browser.get(server.url)
+    page_until(browser, "served of 2")
+    width, shown = browser.execute_script(
+        "return [document.documentElement.scrollWidth, document.documentElement.clientWidth]"
+    )
+    assert width <= shown == 360
+    browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+def test_each_colour_has_the_contrast_of_wcag_aa() -> None:
+    def luminance(colour: str) -> float:
+        digits = colour if len(colour) == 6 else "".join(each * 2 for each in colour)
+        parts = [int(digits[at : at + 2], 16) / 255 for at in (0, 2, 4)]
+        linear = [each / 12.92 if each <= 0.03928 else ((each + 0.055) / 1.055) ** 2.4 for each in parts]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    light, dark = re.findall(r":root \{(.*?)\}", _html.CSS, re.DOTALL)
+    for scheme in (light, dark):
+        colours = dict(re.findall(r"--(\w+): #([0-9a-f]{6}|[0-9a-f]{3})\b", scheme))
+        for paper in ("paper", "box"):
+            for ink in ("ink", "soft", "active", "waiting", "refused"):
+                one, other = sorted((luminance(colours[ink]), luminance(colours[paper])), reverse=True)
+                assert (one + 0.05) / (other + 0.05) >= 4.5, (ink, paper)
+
+
 def screenshot(browser: object, name: str) -> None:
     """
     Keep what the browser shows, if it is asked for by CONNLIMIT_SCREENSHOTS, the folder to keep it in.

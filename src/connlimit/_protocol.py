@@ -47,6 +47,7 @@ class DelegatingProtocol(ProtocolWrapper):
     replace their own methods while they run.
 
     :ivar factory: the factory that made it.
+    :ivar address: the client's address.
     :ivar slot: set by the limiter while the connection is active.
     :ivar closing: whether the limiter has had it closed.
     """
@@ -63,14 +64,13 @@ class DelegatingProtocol(ProtocolWrapper):
 
     def __init__(self, factory: LimitingFactory, address: IAddress) -> None:
         self.factory = factory
-        self._address: IAddress | None = address
+        self.address = address
 
-    @property
-    def address(self) -> IAddress:
-        """
-        The client's address.
-        """
-        return self._address or self.transport.getPeer()
+    def __getattr__(self, name: str) -> Any:
+        # While it waits the address is left to the transport, which has it, too.
+        if name == "address" and self.transport is not None:
+            return self.transport.getPeer()
+        return super().__getattr__(name)
 
     def logPrefix(self) -> str:
         """
@@ -275,9 +275,9 @@ class WaitingProtocol:  # type: ignore[misc]  # connectionMade is for makeConnec
             self._departures = _departures.of(_sockets.lowest(transport).reactor)
             self._departures.watch(self._descriptor, self)
             if isinstance(connection.address, UNIXAddress):
-                connection._address = UNIXPeer(connection.address.name, _sockets.peer_uid(sock))
+                connection.address = UNIXPeer(connection.address.name, _sockets.peer_uid(sock))
             else:
-                connection._address = None  # the transport has it too
+                del connection.address
         connection.factory.limiter.wait(connection)
 
     def dataReceived(self, data: bytes) -> None:

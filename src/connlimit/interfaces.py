@@ -19,7 +19,9 @@ class IConnection(Interface):
     One accepted connection: what limits, lines and observers may look at, and what its limiter tells it.
     """
 
-    address: IAddress = Attribute("The client's address, as Twisted gives it to ``buildProtocol``.")
+    address: Any = Attribute(
+        "The client's address, as Twisted gives it to ``buildProtocol``; it may be None."
+    )
     factory: IProtocolFactory = Attribute("The factory that it belongs to.")
     slot: Any = Attribute("Set by the limiter: None unless the connection is active.")
 
