@@ -69,7 +69,7 @@ class Program(MultiService):
 
     def startService(self) -> None:
         """
-        Start what listens without privileges, and say what there is.
+        Start what listens without privileges.
         """
         from twisted.internet import reactor
 
@@ -77,13 +77,16 @@ class Program(MultiService):
         if self.status is not None:
             self._or_exit(self.status.startService)
         reactor.callWhenRunning(self._running, reactor)
+
+    def _running(self, reactor: Any) -> None:
+        """
+        Say what there is, once the program can also be told to stop.
+        """
+        _exit_cleanly(reactor)
         for limiter in self.limiters.values():
             _log.info("{budget}", budget=_budget(limiter))
         for hint in self.hints:
             _log.info("{hint}", hint=hint)
-
-    def _running(self, reactor: Any) -> None:
-        _exit_cleanly(reactor)
         if _systemd.notify("READY=1"):
             self._telling.start(_STATUS_INTERVAL)
 
