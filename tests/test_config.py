@@ -41,6 +41,7 @@ def errors_of(folder: Path, text: str) -> list[str]:
 def test_a_small_file_is_enough(tmp_path: Path) -> None:
     assert read(written(tmp_path, SMALL)) == Config(
         {"web": {"max_connections": 5, "name": "web"}},
+        {},
         {"site": ServiceConfig("site", "web", ("tcp:0",), "tcp:localhost:9000")},
     )
 

@@ -80,6 +80,7 @@ class Config:
     All that a file says.
 
     :ivar limiters: the settings of each limiter, by its name; those that are not given have their defaults.
+    :ivar shared: the Redis URLs of the limiters that are shared, by their names.
     :ivar services: the services by their names.
     :ivar status: the status page, or None.
     :ivar drain_timeout: seconds that connections may take to end when the program is stopped.
@@ -87,6 +88,7 @@ class Config:
     """
 
     limiters: Mapping[str, Mapping[str, Any]]
+    shared: Mapping[str, str]
     services: Mapping[str, ServiceConfig]
     status: StatusConfig | None = None
     drain_timeout: float = 0.0
@@ -156,6 +158,12 @@ class _Reader:
         }
         if not limiters and not self._errors:
             self._wrong("", "limiters", "at least one table, such as [limiters.web]", None)
+        right = "the URL of a Redis, such as 'redis://localhost'"
+        shared = {
+            name: self._value(f"limiters.{name}", table, "shared", right, _text, "")
+            for name, table in self._tables(known, "limiters").items()
+            if "shared" in table
+        }
         services = {
             name: self._service(name, table, limiters)
             for name, table in self._tables(known, "services").items()
@@ -167,12 +175,17 @@ class _Reader:
         log = self._value("", known, "log_connections", "true or false", _flag, False)
         if self._errors:
             raise ConfigError([_one_line(each) for each in self._errors])
-        return Config(limiters, {k: v for k, v in services.items() if v is not None}, status, drain, log)
+        return Config(
+            limiters, shared, {k: v for k, v in services.items() if v is not None}, status, drain, log
+        )
 
     def _limiter(self, name: str, table: Mapping[str, Any]) -> dict[str, Any]:
         where = f"limiters.{name}"
         settings = {}
-        for key, value in self._known(table, where, [each for each in FIELDS if each != "name"]).items():
+        keys = [*(each for each in FIELDS if each != "name"), "shared"]
+        for key, value in self._known(table, where, keys).items():
+            if key == "shared":
+                continue
             try:
                 settings[key] = load(key, value)
             except (TypeError, ValueError) as error:

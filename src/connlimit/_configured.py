@@ -29,7 +29,8 @@ from connlimit._serving import (
     plugin_options,
     server_endpoint,
 )
-from connlimit._settings import FIELDS
+from connlimit._settings import FIELDS, Settings
+from connlimit._sharing import shared_limits
 from connlimit.status import status_service
 
 
@@ -62,9 +63,19 @@ def check(path: Path, config: Config, reactor: Any) -> dict[str, _Parts]:
             server_endpoint(reactor, config.status.listen, "listen")
         except ValueError as error:
             errors.append(f"{path}: [status] {error}")
+    for name, url in config.shared.items():
+        try:
+            shared_limits(url, Settings().evolve(config.limiters[name]))
+        except ValueError as error:
+            errors.append(f"{path}: [limiters.{name}] {error}")
     if errors:
         raise ConfigError(errors)
     return parts
+
+
+def _limiter(config: Config, name: str) -> Limiter:
+    settings = config.limiters[name]
+    return Limiter(**settings, limits=shared_limits(config.shared.get(name), Settings().evolve(settings)))
 
 
 def _parts(service: ServiceConfig, reactor: Any) -> _Parts:
@@ -157,8 +168,8 @@ class ConfiguredProgram(Program):
         self._units: dict[str, _Unit] = {}
         self._is_reloading = False
         self._again = False
-        for settings in config.limiters.values():
-            self.add_limiter(Limiter(**settings))
+        for name in config.limiters:
+            self.add_limiter(_limiter(config, name))
         if config.status is not None:
             self.status = self._status_service(config)
 
@@ -222,8 +233,8 @@ class ConfiguredProgram(Program):
         old = self._config
         # First what can fail: new limiters cost nothing, and new ports can be closed again.
         limiters = {
-            name: self.limiters[name] if name in self.limiters else Limiter(**settings)
-            for name, settings in new.limiters.items()
+            name: self.limiters[name] if self._is_kept(new, name) else _limiter(new, name)
+            for name in new.limiters
         }
         restarted = {
             name
@@ -250,7 +261,7 @@ class ConfiguredProgram(Program):
         self._config = new
         self.drain_timeout = new.drain_timeout
         for name, settings in new.limiters.items():
-            if name in self.limiters:
+            if limiters[name] is self.limiters.get(name):
                 defaults = {key: field.default for key, field in FIELDS.items()}
                 limiters[name].reconfigure(**{**defaults, **settings})
             else:
@@ -280,6 +291,12 @@ class ConfiguredProgram(Program):
         if new.status != old.status:
             await self._change_status(new)
         self._log.info("{path} was read again", path=str(self._path))
+
+    def _is_kept(self, new: Config, name: str) -> bool:
+        """
+        Whether a limiter can be changed, and need not be made anew since it is shared with others.
+        """
+        return name in self.limiters and new.shared.get(name) == self._config.shared.get(name)
 
     async def _change(self, unit: _Unit, parts: _Parts) -> None:
         """

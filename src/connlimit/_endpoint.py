@@ -15,7 +15,9 @@ from connlimit._limiter import Limiter
 from connlimit._place import LimitingReactor, SocketLimitingEndpoint
 from connlimit._proxied import server_from_string
 from connlimit._service import LimitingEndpoint
-from connlimit._settings import FIELDS, parse
+from connlimit._settings import FIELDS, Settings, parse
+from connlimit._sharing import shared_limits
+from connlimit.interfaces import ILimit
 
 # In a string a limiter's name is given as ``limiter``: ``name`` can be an argument of the inner endpoint.
 _SETTINGS = tuple(name for name in FIELDS if name != "name")
@@ -43,6 +45,7 @@ def from_arguments(
     if place not in _PLACES:
         raise ValueError(f"connlimit endpoint: place must be {' or '.join(_PLACES)}, not {place!r}")
     when_full = inner.pop("when_full", "refuse")
+    shared = inner.pop("shared", None)
     texts = {key: inner.pop(key) for key in _SETTINGS if key in inner}
     try:
         check_when_full(None, None, when_full)
@@ -50,7 +53,7 @@ def from_arguments(
     except ValueError as error:
         raise ValueError(f"connlimit endpoint: {error}") from None
     description = _describe(positional, inner)
-    limiter = _limiter(name, values)
+    limiter = _limiter(name, values, shared)
     try:
         if place == "socket":
             inner_reactor = LimitingReactor(reactor, limiter)
@@ -59,7 +62,7 @@ def from_arguments(
     except Exception as error:
         raise ValueError(
             f"connlimit endpoint: {description!r} is no endpoint ({error}); "
-            f"connlimit itself takes {', '.join(_SETTINGS)}, limiter, place and when_full"
+            f"connlimit itself takes {', '.join(_SETTINGS)}, limiter, place, when_full and shared"
         ) from None
 
 
@@ -79,17 +82,18 @@ def _quote(argument: str) -> str:
     return quoted.replace("=", r"\=")
 
 
-def _limiter(name: str | None, values: Mapping[str, Any]) -> Limiter:
+def _limiter(name: str | None, values: Mapping[str, Any], shared: str | None) -> Limiter:
     """
     A limiter of its own, or the one of that name.
 
     The first string that names it sets it up; others may repeat its settings.
     """
     if name is None:
-        return Limiter(**values)
+        return Limiter(**values, limits=_shared(shared, values))
     limiter = _limiters.get(name)
     if limiter is None:
-        limiter = _limiters[name] = Limiter(**values, name=name)
+        values = {**values, "name": name}
+        limiter = _limiters[name] = Limiter(**values, limits=_shared(shared, values))
     for key, value in values.items():
         existing = getattr(limiter, key)
         if existing != value:
@@ -98,3 +102,10 @@ def _limiter(name: str | None, values: Mapping[str, Any]) -> Limiter:
                 f"so it must be that or left out, not {value}"
             )
     return limiter
+
+
+def _shared(url: str | None, values: Mapping[str, Any]) -> tuple[ILimit, ...]:
+    try:
+        return shared_limits(url, Settings().evolve(values))
+    except ValueError as error:
+        raise ValueError(f"connlimit endpoint: {error}") from None

@@ -157,6 +157,7 @@ class Limiter:
     is also an attribute and can be changed at any time: more room admits at once, less room ends nobody.
 
     :ivar settings: all settings, frozen; change them by `reconfigure` or by their attributes.
+    :ivar limits: the further limits that it was given.
     """
 
     _log = Logger()
@@ -191,8 +192,8 @@ class Limiter:
         self._total = Total(None)
         self._peers: PerKey | None = None
         self._rate: Rate | None = None
-        self._further = tuple(limits)
-        for limit in self._further:
+        self.limits = tuple(limits)
+        for limit in self.limits:
             limit.subscribe(partial(self._may_have_room, limit))
 
         # The address of each connection that holds a slot, by a weak reference to it.
@@ -394,7 +395,7 @@ class Limiter:
             self._rate = Rate(settings.max_rate, settings.max_burst, self._clock)
             self._rate.subscribe(self._serve_waiting)
         # The rate comes last: what it has given, nobody can give back.
-        limits = [each for each in (self._total, self._peers, *self._further, self._rate) if each is not None]
+        limits = [each for each in (self._total, self._peers, *self.limits, self._rate) if each is not None]
         limit = All(limits) if len(limits) > 1 else self._total
         # Bound once: a served connection costs one call for all limits together.
         self._try_acquire = limit.try_acquire

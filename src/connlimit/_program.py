@@ -17,6 +17,7 @@ from twisted.logger import Logger
 from connlimit import _descriptors, _systemd
 from connlimit._limiter import Limiter
 from connlimit._log import LimiterLog
+from connlimit._sharing import close
 
 _log = Logger()
 
@@ -115,6 +116,7 @@ class Program(MultiService):
                 seconds=self.drain_timeout,
             )
         await limiter.drain(self.drain_timeout)
+        await close(limiter.limits)
         after = limiter.snapshot()
         _log.info(
             "{limiter}: drained: {served} connections were served and {refused} refused in all",

@@ -20,7 +20,8 @@ from connlimit._limiter import Limiter
 from connlimit._program import CannotStart, Program
 from connlimit._service import LimitedService
 from connlimit._serving import client_endpoint, import_factory, limited_plugin, plugins, server_endpoint
-from connlimit._settings import FIELDS, parse
+from connlimit._settings import FIELDS, Settings, parse
+from connlimit._sharing import shared_limits
 from connlimit.status import status_service
 
 
@@ -63,6 +64,12 @@ class Options(usage.Options):
             "how long the connections that are served may take to end when the program is stopped [seconds]",
         ],
         ["forward", None, None, "relay to the server at this client endpoint, such as tcp:localhost:9000"],
+        [
+            "shared",
+            None,
+            None,
+            "share max-connections with all processes that give this Redis URL and this name",
+        ],
         [
             "status",
             None,
@@ -119,6 +126,7 @@ class Options(usage.Options):
             self["drain"] = _seconds("--drain-timeout", self["drain-timeout"])
             check_when_full(None, None, self["when-full"], _spell("when_full"))
             self["settings"] = parse({k: v for k, v in given.items() if v is not None}, _spell)
+            self["limits"] = shared_limits(self["shared"], Settings().evolve(self["settings"]))
         except ValueError as error:
             raise usage.UsageError(str(error)) from None
 
@@ -200,7 +208,7 @@ def makeService(options: Options) -> Program:
 
     if options["config"]:
         return ConfiguredProgram(Path(options["config"]), options["loaded"], reactor)
-    limiter = Limiter(**options["settings"])
+    limiter = Limiter(**options["settings"], limits=options["limits"])
     program = Program(options["drain"], bool(options["log-connections"]))
     program.add_limiter(limiter)
     where = options["status-endpoint"]

