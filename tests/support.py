@@ -15,7 +15,7 @@ import sysconfig
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import pytest
@@ -23,6 +23,17 @@ from twisted.logger import LogLevel, formatEvent, globalLogPublisher
 
 #: How long anything on this machine may take before a test gives up, in seconds.
 PATIENCE = 30.0
+
+#: The module of a server that a program under test can import.
+ECHO = """
+from twisted.internet.protocol import Factory, Protocol
+
+class Echo(Protocol):
+    def dataReceived(self, data):
+        self.transport.write(data)
+
+factory = Factory.forProtocol(Echo)
+"""
 
 
 def require_program(name: str) -> str:
@@ -154,6 +165,14 @@ def failing(*arguments: str, cwd: Path | None = None) -> str:
     assert "Traceback" not in done.stdout + done.stderr
     assert len(done.stderr.splitlines()) == 1, done.stderr
     return done.stderr.strip()
+
+
+def free_port() -> int:
+    """
+    A port that nobody listens on.
+    """
+    with closing(socket.create_server(("127.0.0.1", 0))) as server:
+        return server.getsockname()[1]
 
 
 def read_all(client: socket.socket) -> bytes:

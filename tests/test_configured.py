@@ -18,7 +18,7 @@ from contextlib import closing, suppress
 from pathlib import Path
 
 import pytest
-from support import PATIENCE, Program, read_all, running
+from support import PATIENCE, Program, free_port, read_all, running
 
 prometheus = pytest.importorskip("prometheus_client.parser")
 
@@ -37,14 +37,6 @@ def served(word):
 
 hello, bye = served(b"hello"), served(b"bye")
 """
-
-
-def free_port() -> int:
-    """
-    A port that nobody listens on.
-    """
-    with closing(socket.create_server(("127.0.0.1", 0))) as server:
-        return server.getsockname()[1]
 
 
 class Running:

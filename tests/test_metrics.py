@@ -12,32 +12,16 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator
-from contextlib import closing
 from pathlib import Path
 
 import pytest
-from support import PATIENCE, require_program, running
+from support import ECHO, PATIENCE, free_port, require_program, running
 
 pytest.importorskip("prometheus_client")
 
 EXAMPLES = Path(__file__).parent.parent / "docs" / "examples"
 RULES = EXAMPLES / "prometheus-alerts.yml"
 DASHBOARD = json.loads((EXAMPLES / "grafana-dashboard.json").read_text())
-
-ECHO = """
-from twisted.internet.protocol import Factory, Protocol
-
-class Echo(Protocol):
-    def dataReceived(self, data):
-        self.transport.write(data)
-
-factory = Factory.forProtocol(Echo)
-"""
-
-
-def free_port() -> int:
-    with closing(socket.create_server(("127.0.0.1", 0))) as server:
-        return server.getsockname()[1]
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 from pytest_twisted import ensureDeferred
 from sockets import patiently, until
-from support import PATIENCE, Log, failing, running
+from support import ECHO, PATIENCE, Log, failing, running
 from twisted.internet import reactor
 from twisted.internet.endpoints import serverFromString
 from twisted.internet.threads import deferToThread
@@ -490,17 +490,6 @@ def test_an_endpoint_string_and_a_file_can_ask_for_it(tmp_path: Path) -> None:
 )
 def test_a_wrong_command_line_gets_one_sentence(arguments: list[str], words: str) -> None:
     assert words in failing("connlimit", "--listen=tcp:0", "--forward=tcp:localhost:1", *arguments)
-
-
-ECHO = """
-from twisted.internet.protocol import Factory, Protocol
-
-class Echo(Protocol):
-    def dataReceived(self, data):
-        self.transport.write(data)
-
-factory = Factory.forProtocol(Echo)
-"""
 
 
 class Answering(threading.Thread):

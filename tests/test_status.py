@@ -18,7 +18,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from support import PATIENCE, Program, require_program, running
+from support import ECHO, PATIENCE, Program, free_port, require_program, running
 from twisted.internet.address import IPv4Address, IPv6Address, UNIXAddress
 from twisted.internet.task import Clock
 
@@ -26,16 +26,6 @@ from connlimit import Limiter, top
 from connlimit.status import _html
 from connlimit.status._service import StatusService, _is_loopback
 from connlimit.status._watch import Watch
-
-ECHO = """
-from twisted.internet.protocol import Factory, Protocol
-
-class Echo(Protocol):
-    def dataReceived(self, data):
-        self.transport.write(data)
-
-factory = Factory.forProtocol(Echo)
-"""
 
 
 class Server:
@@ -254,8 +244,7 @@ def test_the_terminal_shows_the_same(server: Server) -> None:
 
 
 def test_the_terminal_says_what_is_wrong() -> None:
-    with closing(socket.create_server(("127.0.0.1", 0))) as unused:
-        port = unused.getsockname()[1]
+    port = free_port()
     for url in (f"http://127.0.0.1:{port}/", "nonsense"):
         done = subprocess.run(
             [sys.executable, "-m", "connlimit.top", url, "--once"],
@@ -367,8 +356,7 @@ def page_until(browser: object, words: str) -> None:
 
 def test_in_a_browser_the_numbers_move_and_survive_a_restart(browser: object, tmp_path: Path) -> None:
     (tmp_path / "echoes.py").write_text(ECHO)
-    with closing(socket.create_server(("127.0.0.1", 0))) as unused:
-        port = unused.getsockname()[1]
+    port = free_port()
     command = ["connlimit", "--listen=tcp:0:interface=127.0.0.1", "--factory=echoes:factory"]
     command += [f"--status=tcp:{port}:interface=127.0.0.1", "--max-connections=3", "--max-waiting=10"]
     with running(*command, cwd=tmp_path) as program, ExitStack() as stack:
