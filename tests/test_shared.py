@@ -4,6 +4,7 @@ A limit that processes share by way of a real Redis.
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 import signal
@@ -17,6 +18,8 @@ from contextlib import closing, suppress
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from pytest_twisted import ensureDeferred
 from sockets import patiently, until
 from support import ECHO, PATIENCE, Log, failing, running
@@ -610,3 +613,61 @@ def test_wrong_orders_get_one_sentence(redis: Redis, tmp_path: Path) -> None:
     assert done.returncode == 1
     assert "does not answer" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def lease(redis: Redis, keys: list[str], *arguments: object) -> tuple[int, int]:
+    """
+    What the script answers.
+    """
+    words = [b"EVAL", shared._LEASE.encode(), b"6", *(key.encode() for key in keys)]
+    words += [str(argument).encode() for argument in arguments]
+    command = b"*%d\r\n" % len(words) + b"".join(b"$%d\r\n%s\r\n" % (len(word), word) for word in words)
+    with closing(socket.socket(socket.AF_UNIX)) as client:
+        client.settimeout(PATIENCE)
+        client.connect(str(redis.socket))
+        client.sendall(command)
+        answer = b""
+        while answer.count(b"\r\n") < 3:
+            answer += client.recv(1000)
+            assert not answer.startswith(b"-"), answer
+    _, held, asking, _ = answer.split(b"\r\n")
+    return int(held[1:]), int(asking[1:])
+
+
+#: Longer than any example takes.
+LONG = 6000
+
+EXAMPLES = itertools.count()
+
+QUESTIONS = st.lists(
+    st.tuples(st.integers(0, 2), st.integers(0, 4), st.integers(0, 3), st.integers(0, 5)), max_size=12
+)
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(slots=st.integers(0, 6), questions=QUESTIONS)
+def test_the_script_does_what_the_model_does(
+    redis: Redis, slots: int, questions: list[tuple[int, int, int, int]]
+) -> None:
+    while int(redis.info(b"uptime_in_seconds")) * 1000 < LONG:
+        time.sleep(0.1)
+    number = next(EXAMPLES)
+    keys = [f"test:{{{number}}}:{each}" for each in ("slots", "held", "alive", "asking", "turns", "last")]
+    held, asking = [0, 0, 0], []
+    for question, (member, in_use, spare, wanted) in enumerate(questions, 1):
+        # A member has no more in use than it was given, and keeps what it uses and perhaps some more.
+        in_use = min(in_use, held[member])
+        kept = min(held[member], in_use + spare)
+        wanted = max(wanted, in_use)
+        answer = lease(redis, keys, member, LONG, in_use, kept, wanted, slots, "channel", question)
+
+        others = sum(held) - held[member]
+        earlier = asking.index(member) if member in asking else len(asking)
+        held[member] = max(kept, min(wanted, max(0, slots - others - earlier)))
+        asks = held[member] < wanted and held[member] <= in_use
+        if asks and member not in asking:
+            asking.append(member)
+        elif not asks and member in asking:
+            asking.remove(member)
+        assert answer == (held[member], len([each for each in asking if each != member]))
+        assert sum(held) <= slots
