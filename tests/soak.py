@@ -30,6 +30,7 @@ from twisted.internet.endpoints import TCP4ClientEndpoint, connectProtocol, serv
 from twisted.internet.error import ConnectionClosed
 from twisted.internet.interfaces import IHalfCloseableProtocol, ITransport
 from twisted.internet.protocol import Factory, Protocol
+from twisted.logger import globalLogBeginner
 from twisted.python.failure import Failure
 from zope.interface import implementer
 
@@ -243,6 +244,8 @@ async def main(reactor: object) -> None:
     """
     seed = OPTIONS.seed if OPTIONS.seed is not None else random.SystemRandom().randrange(10**6)
     print(f"seed {seed}", flush=True)
+    # What the server raises is logged, and must not be kept: tracebacks hold connections it has forgotten.
+    globalLogBeginner.beginLoggingTo([lambda event: None], redirectStandardIO=False, discardBuffer=True)
     choices = random.Random(seed)
     limiter = Limiter(10)
     endpoint = serverFromString(reactor, "tcp:0:interface=127.0.0.1:backlog=1000")
