@@ -16,20 +16,32 @@ from zope.interface import implementer
 from connlimit.interfaces import IConnection, IKeyedLimit, ILimit
 
 
-@implementer(ILimit)
-class Total:
+class _Announcing:
     """
-    So many slots in all.
+    Tells whoever asked for it that there may be room.
+    """
 
-    :ivar in_use: how many slots are taken; after a cut it can exceed the limit until enough are released.
+    def __init__(self) -> None:
+        self._subscribers: list[Callable[[], None]] = []
+
+    def subscribe(self, callback: Callable[[], None]) -> None:
+        """
+        See `ILimit.subscribe`.
+        """
+        self._subscribers.append(callback)
+
+    def _tell(self) -> None:
+        for callback in self._subscribers:
+            callback()
+
+
+class _Slots(_Announcing):
+    """
+    A number of slots that can be changed.
     """
 
     def __init__(self, slots: int | None) -> None:
-        """
-        :param slots: how many; None for no limit.
-        """
-        self.in_use = 0
-        self._subscribers: list[Callable[[], None]] = []
+        super().__init__()
         self._slots: float = math.inf if slots is None else slots
 
     @property
@@ -42,8 +54,23 @@ class Total:
     @slots.setter
     def slots(self, slots: int | None) -> None:
         self._slots = math.inf if slots is None else slots
-        for callback in self._subscribers:
-            callback()
+        self._tell()
+
+
+@implementer(ILimit)
+class Total(_Slots):
+    """
+    So many slots in all.
+
+    :ivar in_use: how many slots are taken; after a cut it can exceed the limit until enough are released.
+    """
+
+    def __init__(self, slots: int | None) -> None:
+        """
+        :param slots: how many; None for no limit.
+        """
+        super().__init__(slots)
+        self.in_use = 0
 
     def has_room(self) -> bool:
         """
@@ -66,15 +93,9 @@ class Total:
         """
         self.in_use -= 1
 
-    def subscribe(self, callback: Callable[[], None]) -> None:
-        """
-        See `ILimit.subscribe`.
-        """
-        self._subscribers.append(callback)
-
 
 @implementer(IKeyedLimit)
-class PerKey:
+class PerKey(_Slots):
     """
     So many slots for each key. A key of which nothing is held is forgotten.
     """
@@ -84,23 +105,9 @@ class PerKey:
         :param slots: how many for each key; None for no limit.
         :param key: gives the key of a client's address; None is never limited.
         """
+        super().__init__(slots)
         self._key = key
         self._in_use: dict[Hashable, int] = {}
-        self._subscribers: list[Callable[[], None]] = []
-        self._slots: float = math.inf if slots is None else slots
-
-    @property
-    def slots(self) -> int | None:
-        """
-        How many slots there are for each key; None for no limit. Can be changed at any time.
-        """
-        return None if self._slots == math.inf else int(self._slots)
-
-    @slots.setter
-    def slots(self, slots: int | None) -> None:
-        self._slots = math.inf if slots is None else slots
-        for callback in self._subscribers:
-            callback()
 
     def in_use(self) -> Mapping[Hashable, int]:
         """
@@ -113,8 +120,7 @@ class PerKey:
         Count clients that hold a slot already.
         """
         for address in addresses:
-            key = self._key(address)
-            self._in_use[key] = self._in_use.get(key, 0) + 1
+            self._take(self._key(address))
 
     def key(self, connection: IConnection) -> Hashable:
         """
@@ -135,8 +141,11 @@ class PerKey:
         key = self.key(connection)
         if not self.has_room(key):
             return False
-        self._in_use[key] = self._in_use.get(key, 0) + 1
+        self._take(key)
         return True
+
+    def _take(self, key: Hashable) -> None:
+        self._in_use[key] = self._in_use.get(key, 0) + 1
 
     def release(self, connection: IConnection) -> None:
         """
@@ -149,15 +158,9 @@ class PerKey:
         else:
             del self._in_use[key]
 
-    def subscribe(self, callback: Callable[[], None]) -> None:
-        """
-        See `ILimit.subscribe`.
-        """
-        self._subscribers.append(callback)
-
 
 @implementer(ILimit)
-class Rate:
+class Rate(_Announcing):
     """
     So many slots taken in a second, however long they are held: a token bucket.
     """
@@ -168,13 +171,13 @@ class Rate:
         :param burst: how many at once at the most; None for as many as in a second, and at least one.
         :param clock: where the time comes from; the reactor if not given.
         """
+        super().__init__()
         self._rate = rate
         self._most = max(1.0, rate if burst is None else burst)
         self._clock = clock
         self._tokens = self._most
         self._counted = -math.inf
         self._timer: IDelayedCall | None = None
-        self._subscribers: list[Callable[[], None]] = []
 
     def try_acquire(self, connection: IConnection) -> bool:
         """
@@ -192,19 +195,13 @@ class Rate:
             self._tokens = max(0.0, self._tokens - 1)
             return True
         if self._timer is None:
-            self._timer = self._clock.callLater((1 - self._tokens) / self._rate, self._tell)
+            self._timer = self._clock.callLater((1 - self._tokens) / self._rate, self._time_over)
         return False
 
     def release(self, connection: IConnection) -> None:
         """
         See `ILimit.release`: the end of a connection makes no room.
         """
-
-    def subscribe(self, callback: Callable[[], None]) -> None:
-        """
-        See `ILimit.subscribe`.
-        """
-        self._subscribers.append(callback)
 
     def stop(self) -> None:
         """
@@ -215,10 +212,9 @@ class Rate:
             self._timer.cancel()
             self._timer = None
 
-    def _tell(self) -> None:
+    def _time_over(self) -> None:
         self._timer = None
-        for callback in self._subscribers:
-            callback()
+        self._tell()
 
 
 @implementer(ILimit)
