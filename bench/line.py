@@ -21,34 +21,22 @@ from twisted.internet.address import IPv4Address
 from twisted.internet.task import Clock
 
 from connlimit import Limiter
+from connlimit._inert import Inert
 from connlimit._line import ORDERS
 
 
-class Waiting:
+class Waiting(Inert):
     """
-    A connection that does nothing.
+    A connection with an address of its own.
     """
 
-    factory = None
-    slot = None
     number = 0
 
     def __init__(self) -> None:
         Waiting.number += 1
         number = Waiting.number
-        self.address = IPv4Address("TCP", f"10.{number >> 16 & 255}.{number >> 8 & 255}.{number & 255}", 1)
-
-    def serve(self) -> None: ...
-
-    def refuse(self, reason: str) -> None: ...
-
-    def abort(self) -> None: ...
-
-    def is_dead(self) -> bool:
-        return False
-
-    def idle(self) -> float | None:
-        return None
+        host = f"10.{number >> 16 & 255}.{number >> 8 & 255}.{number & 255}"
+        super().__init__(IPv4Address("TCP", host, 1))
 
 
 class Crowd:

@@ -17,8 +17,9 @@ from zope.interface import implementer
 from zope.interface.verify import verifyObject
 
 from connlimit import Limiter, LimitingFactory, _descriptors
+from connlimit._inert import Inert
 from connlimit._settings import FIELDS
-from connlimit.interfaces import IConnection, ILimit, ILimiterObserver
+from connlimit.interfaces import ILimit, ILimiterObserver
 from connlimit.limits import PerKey
 from connlimit.observers import LimiterObserver
 
@@ -311,28 +312,17 @@ class ManyTests(LimiterTestCase):
         self.assert_counts(waiting=0, refused={"timeout": self.MANY})
 
 
-@implementer(IConnection)
-class Ephemeral:
+class Ephemeral(Inert):
     """
     A connection that nobody holds but the line, and that does what it is told when it is served.
     """
 
-    address = None
-    factory = None
-    slot = None
-
     def __init__(self, serve: Callable[[Ephemeral], None]) -> None:
+        super().__init__(None)
         self._serve = serve
 
     def serve(self) -> None:
         self._serve(self)
-
-    def refuse(self, reason: str) -> None: ...
-
-    def abort(self) -> None: ...
-
-    def is_dead(self) -> bool:
-        return False
 
 
 class HoldingTests(LimiterTestCase):

@@ -10,10 +10,10 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 from weakref import ref
 
-from twisted.internet.interfaces import IAddress, IDelayedCall
+from twisted.internet.interfaces import IDelayedCall
 from twisted.logger import Logger
-from zope.interface import implementer
 
+from connlimit._inert import Inert
 from connlimit.interfaces import IConnection
 from connlimit.observers import LimiterObserver
 
@@ -24,35 +24,6 @@ _REPORT_INTERVAL = 60.0  # seconds
 
 #: The share of connections that the suggested limit serves at once.
 SERVED_AT_ONCE = 0.99
-
-
-@implementer(IConnection)
-class _Shadow:
-    """
-    What stands for a connection in the limiter that serves nobody.
-    """
-
-    factory = None
-    slot: Any = None
-
-    def __init__(self, address: IAddress) -> None:
-        self.address = address
-
-    def serve(self) -> None: ...
-
-    def refuse(self, reason: str) -> None: ...
-
-    def abort(self) -> None: ...
-
-    def close(self) -> None: ...
-
-    def notify(self, data: bytes) -> None: ...
-
-    def idle(self) -> float | None:
-        return None
-
-    def is_dead(self) -> bool:
-        return False
 
 
 class DryRun(LimiterObserver):
@@ -71,7 +42,7 @@ class DryRun(LimiterObserver):
         """
         self._limiter = limiter
         self._shadow = shadow
-        self._shadows: dict[ref[IConnection], _Shadow] = {}
+        self._shadows: dict[ref[IConnection], Inert] = {}
         self._collected: list[ref[IConnection]] = []
         # How many connections found how many others active.
         self._found_active: Counter[int] = Counter()
@@ -123,7 +94,7 @@ class DryRun(LimiterObserver):
         """
         self._forget_collected()
         self._found_active[limiter.active - 1] += 1
-        shadow = _Shadow(connection.address)
+        shadow = Inert(connection.address)
         self._shadows[ref(connection, self._collected.append)] = shadow
         if not self._shadow.serve_at_once(shadow) and self._shadow.may_wait(shadow) is None:
             self._shadow.wait(shadow)
@@ -136,7 +107,7 @@ class DryRun(LimiterObserver):
         """
         self._end(self._shadows.pop(ref(connection), None))
 
-    def _end(self, shadow: _Shadow | None) -> None:
+    def _end(self, shadow: Inert | None) -> None:
         if shadow is not None:
             self._shadow.depart(shadow)
             self._shadow.finish(shadow)

@@ -55,11 +55,11 @@ import attrs
 from twisted.internet.defer import Deferred
 from twisted.internet.interfaces import IAddress, IDelayedCall, IReactorTime
 from twisted.logger import Logger
-from zope.interface import implementer
 
 from connlimit import _descriptors
 from connlimit._drain import Drain
 from connlimit._dry_run import DryRun
+from connlimit._inert import Inert
 from connlimit._line import ORDERS, Line
 from connlimit._peers import peer_key
 from connlimit._settings import Settings, adjustable
@@ -118,34 +118,6 @@ class Snapshot:
     backlog: int | None
     draining: bool
     dry_run: Snapshot | None
-
-
-@implementer(IConnection)
-@attrs.define(eq=False)
-class _Remains:
-    """
-    What is known of a connection that was lost to garbage collection.
-    """
-
-    address: IAddress
-    slot: Any
-    factory = None
-
-    def serve(self) -> None: ...
-
-    def refuse(self, reason: str) -> None: ...
-
-    def abort(self) -> None: ...
-
-    def close(self) -> None: ...
-
-    def notify(self, data: bytes) -> None: ...
-
-    def is_dead(self) -> bool:
-        return True
-
-    def idle(self) -> float | None:
-        return None
 
 
 @adjustable
@@ -749,7 +721,9 @@ class Limiter:
         """
         while self._collected:
             slot = self._collected.pop()
-            self.reclaim(_Remains(self._active[slot], slot), "its transport was forgotten, and garbage")
+            remains = Inert(self._active[slot])
+            remains.slot = slot
+            self.reclaim(remains, "its transport was forgotten, and garbage")
 
     def _backlog(self) -> int | None:
         """
