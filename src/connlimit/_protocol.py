@@ -138,14 +138,9 @@ class DelegatingProtocol(ProtocolWrapper):
         waiting: WaitingProtocol = self.wrappedProtocol
         waiting.stop_watching()
         try:
-            protocol = self.factory.build_real_protocol(self.address)
-            if protocol is None:
-                self.transport.loseConnection()
+            protocol: Any = self.factory.build_real_protocol(self.address)
+            if not self._put_in_place(protocol):
                 return
-            self.transport.resumeProducing()
-            if not self.connected:
-                return
-            self.delegate_to(protocol)
             self._take_log_prefix()
         except Exception:
             self._log.failure("{connection} could not be served", connection=self)
@@ -171,20 +166,30 @@ class DelegatingProtocol(ProtocolWrapper):
         waiting: WaitingProtocol = self.wrappedProtocol
         waiting.stop_watching()
         try:
-            protocol = self.factory.build_refusal(self.address, reason)
-            if protocol is None:
-                self.transport.loseConnection()
+            protocol: Any = self.factory.build_refusal(self.address, reason)
+            if not self._put_in_place(protocol):
                 return
-            self.transport.resumeProducing()
-            if not self.connected:
-                return
-            self.delegate_to(protocol)
             protocol.makeConnection(self.transport)
             for data in waiting.kept:
                 self.dataReceived(data)
         except Exception:
             self._log.failure("{connection} could not be refused", connection=self)
             self.abort()
+
+    def _put_in_place(self, protocol: IProtocol | None) -> bool:
+        """
+        Let a protocol have the place of the one that waits, and reading resume; close if there is none.
+
+        :return: whether there is one, and the connection is still there.
+        """
+        if protocol is None:
+            self.transport.loseConnection()
+            return False
+        self.transport.resumeProducing()
+        if not self.connected:
+            return False
+        self.delegate_to(protocol)
+        return True
 
     def close(self) -> None:
         """
@@ -220,8 +225,7 @@ class DelegatingProtocol(ProtocolWrapper):
         End the connection without delay, or as fast as the transport can.
         """
         try:
-            end = getattr(self.transport, "abortConnection", None) or self.transport.loseConnection
-            end()
+            _sockets.abort(self.transport)
         except Exception:
             self._log.failure("{connection} could not be ended", connection=self)
 

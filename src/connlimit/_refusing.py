@@ -13,6 +13,7 @@ from twisted.python.failure import Failure
 
 from connlimit import _descriptors
 from connlimit._limiter import Limiter
+from connlimit._sockets import abort
 from connlimit.refusals import DESCRIPTORS, LINGER
 
 _log = Logger()
@@ -75,5 +76,4 @@ class _Refusing(Protocol):
 
     def _abort(self) -> None:
         self._timer = None
-        end = getattr(self.transport, "abortConnection", None) or self.transport.loseConnection
-        end()
+        abort(self.transport)

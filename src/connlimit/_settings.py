@@ -14,7 +14,7 @@ import attrs
 
 from connlimit._line import ORDERS
 from connlimit._peers import exempt_or_none, prefix_lengths
-from connlimit.refusals import CLOSE, refusal_of, unescaped
+from connlimit.refusals import close, refusal_of, unescaped
 
 C = TypeVar("C", bound=type)
 
@@ -231,7 +231,7 @@ class Settings:
         "while somebody waits, close a served connection that moved no byte for so long (Linux)",
     )
     exempt: Any = _setting(None, _EXEMPT, "networks", "peers that are always served at once and take no slot")
-    refusal: Any = _setting(CLOSE, _REFUSAL, "", "what a refused client gets")
+    refusal: Any = _setting(close, _REFUSAL, "", "what a refused client gets")
     dry_run: bool = _setting(
         False, _FLAG, "", "serve everybody, and report who would have waited or been refused"
     )

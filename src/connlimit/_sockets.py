@@ -28,6 +28,14 @@ def can_half_close(transport: object) -> bool:
     return IHalfCloseableDescriptor.providedBy(transport) and not ISSLTransport.providedBy(transport)
 
 
+def abort(transport: Any) -> None:
+    """
+    End a connection without delay, or as fast as its transport can.
+    """
+    end = getattr(transport, "abortConnection", None) or transport.loseConnection
+    end()
+
+
 def lowest(transport: Any) -> Any:
     """
     The transport that has the socket: protocols that are transports, such as TLS, have it below them.
@@ -144,9 +152,8 @@ def peer_uid(sock: socket.socket) -> int | None:
         if hasattr(socket, "SO_PEERCRED"):  # Linux, unix(7): pid, uid, gid
             credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
             return int(struct.unpack("3i", credentials)[1])
-        if (
-            sys.platform == "darwin" or "bsd" in sys.platform
-        ):  # unix(4): struct xucred begins with version, uid
+        # unix(4): struct xucred begins with version, uid
+        if sys.platform == "darwin" or "bsd" in sys.platform:
             return int(struct.unpack_from("2I", sock.getsockopt(0, 1, 128))[1])
     except (OSError, struct.error):
         pass

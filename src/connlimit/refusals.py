@@ -18,7 +18,7 @@ from twisted.internet.interfaces import IAddress, IProtocol, IProtocolFactory
 from twisted.internet.protocol import Protocol
 from zope.interface import implementer
 
-from connlimit._sockets import can_half_close
+from connlimit._sockets import abort, can_half_close
 from connlimit.interfaces import IRefusal
 
 FULL = "full"
@@ -77,8 +77,7 @@ class _Resetting(Protocol):
     transport: Any
 
     def connectionMade(self) -> None:
-        end = getattr(self.transport, "abortConnection", None) or self.transport.loseConnection
-        end()
+        abort(self.transport)
 
 
 class Speaking(Protocol):
@@ -255,8 +254,8 @@ def _postgresql(words: str, retry_after: int, received: bytes) -> bytes | None:
     return b"E" + (len(payload) + 4).to_bytes(4, "big") + payload
 
 
-CLOSE = close = _Close()
-RESET = reset = _Reset()
+close = _Close()
+reset = _Reset()
 HTTP = Preset("http", _http)
 SMTP = Preset("smtp", _line("421 4.3.2"))
 FTP = Preset("ftp", _line("421"))
