@@ -4,6 +4,7 @@ The process's file descriptors: how many there may be, and whether some are left
 
 from __future__ import annotations
 
+import os
 import socket
 
 try:
@@ -20,6 +21,16 @@ def limit() -> int | None:
         return None
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return None if soft == resource.RLIM_INFINITY else soft
+
+
+def count() -> int | None:
+    """
+    How many descriptors this process has open; None if there is no telling.
+    """
+    try:
+        return len(os.listdir("/dev/fd")) - 1  # one is that of the listing
+    except OSError:
+        return None
 
 
 def raise_limit() -> None:

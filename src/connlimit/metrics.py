@@ -20,7 +20,7 @@ from prometheus_client.core import (
 )
 from prometheus_client.registry import Collector
 
-from connlimit._descriptors import limit as descriptor_limit
+from connlimit import _descriptors
 from connlimit.status._watch import BUCKETS
 
 if TYPE_CHECKING:
@@ -107,13 +107,10 @@ class LimiterCollector(Collector):
         return histogram
 
     def _process(self) -> Iterator[Metric]:
-        from connlimit.status._service import descriptors
-
-        counts = descriptors()
         gauge = GaugeMetricFamily(
             "connlimit_descriptors", "File descriptors of the process.", labels=["state"]
         )
-        for state, value in (("open", counts["open"]), ("limit", descriptor_limit())):
+        for state, value in (("open", _descriptors.count()), ("limit", _descriptors.limit())):
             if value is not None:
                 gauge.add_metric([state], value)
         yield gauge

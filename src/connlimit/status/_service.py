@@ -5,7 +5,6 @@ The server of the status page.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from ipaddress import ip_address
 from typing import Any
@@ -126,7 +125,7 @@ class StatusService(StreamServerEndpointService):
             "limiters": [
                 {**watch.facts(with_peers), "history": watch.history()} for watch in self.watches.values()
             ],
-            "descriptors": descriptors(),
+            "descriptors": {"open": _descriptors.count(), "limit": _descriptors.limit()},
             "reactor_lag": self.reactor_lag,
         }
 
@@ -178,17 +177,6 @@ class StatusService(StreamServerEndpointService):
 
         for watcher in list(self._watchers):
             watcher.send(event)
-
-
-def descriptors() -> dict[str, int | None]:
-    """
-    How many descriptors the process has open, and may have; None where there is no telling.
-    """
-    try:
-        count: int | None = len(os.listdir("/dev/fd")) - 1  # one is that of the listing
-    except OSError:
-        count = None
-    return {"open": count, "limit": _descriptors.limit()}
 
 
 def _is_loopback(host: str | None) -> bool:
