@@ -8,6 +8,8 @@ from html import escape
 from importlib.resources import files
 from typing import Any
 
+from connlimit.status._watch import SAMPLES
+
 _WIDTH, _HEIGHT, _POINTS = 600, 120, 200
 
 PAGE = """\
@@ -123,7 +125,7 @@ def _points(values: list[int], top: int) -> str:
     """
     The points of a line through the highest values of each piece of time.
     """
-    step = max(1, 600 // _POINTS)
+    step = max(1, SAMPLES // _POINTS)
     # Counted from the end, so that a piece keeps its values while time goes on.
     pieces = [max(values[max(0, end - step) : end]) for end in range(len(values), 0, -step)]
     return " ".join(
