@@ -32,10 +32,9 @@ _LOOK_INTERVAL = 1.0  # seconds
 _BATCH = 100
 
 
-def check_when_full(instance: object, attribute: object, value: object, name: str = "when_full") -> None:
+def check_when_full(value: object, name: str = "when_full") -> None:
     """
-    Be the validator of an attrs field.
-
+    :param name: what the value is called where it was given.
     :raises ValueError: if the value is not one of `WHEN_FULL`.
     """
     if value not in WHEN_FULL:
@@ -55,7 +54,9 @@ class WatchedEndpoint:
 
     endpoint: IStreamServerEndpoint
     limiter: Limiter
-    when_full: str = attrs.field(default="refuse", validator=check_when_full)
+    when_full: str = attrs.field(
+        default="refuse", validator=lambda instance, attribute, value: check_when_full(value)
+    )
 
     def listen(self, protocolFactory: IProtocolFactory) -> Deferred[IListeningPort]:
         """

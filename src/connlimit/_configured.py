@@ -160,10 +160,14 @@ class ConfiguredProgram(Program):
 
     _log = Logger()
 
-    def __init__(self, path: Path, config: Config, reactor: Any) -> None:
+    def __init__(self, path: Path, config: Config, parts: dict[str, _Parts], reactor: Any) -> None:
+        """
+        :param parts: what `check` found for the configuration.
+        """
         super().__init__(config.drain_timeout, config.log_connections)
         self._path = path.absolute()
         self._config = config
+        self._parts = parts
         self._reactor = reactor
         self._units: dict[str, _Unit] = {}
         self._is_reloading = False
@@ -188,7 +192,7 @@ class ConfiguredProgram(Program):
         self._or_exit(self._start_units)
 
     def _start_units(self) -> None:
-        for name, parts in check(self._path, self._config, self._reactor).items():
+        for name, parts in self._parts.items():
             unit = self._units[name] = _Unit(parts, self.limiters[parts.config.limiter])
             unit.listen(parts)
             unit.start()

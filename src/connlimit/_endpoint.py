@@ -48,7 +48,7 @@ def from_arguments(
     shared = inner.pop("shared", None)
     texts = {key: inner.pop(key) for key in _SETTINGS if key in inner}
     try:
-        check_when_full(None, None, when_full)
+        check_when_full(when_full)
         values = parse(texts)
     except ValueError as error:
         raise ValueError(f"connlimit endpoint: {error}") from None

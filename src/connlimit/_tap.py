@@ -124,7 +124,7 @@ class Options(usage.Options):
         given = {name: self[name.replace("_", "-")] for name in FIELDS}
         try:
             self["drain"] = _seconds("--drain-timeout", self["drain-timeout"])
-            check_when_full(None, None, self["when-full"], _spell("when_full"))
+            check_when_full(self["when-full"], "--when-full")
             self["settings"] = parse({k: v for k, v in given.items() if v is not None}, _spell)
             self["limits"] = shared_limits(self["shared"], Settings().evolve(self["settings"]))
         except ValueError as error:
@@ -181,7 +181,7 @@ class Options(usage.Options):
         path = Path(self["config"])
         try:
             self["loaded"] = read(path)
-            check(path, self["loaded"], reactor)
+            self["parts"] = check(path, self["loaded"], reactor)
         except ConfigError as error:
             raise CannotStart("\n".join(f"connlimit: {each}" for each in error.errors)) from None
         if self["check-config"]:
@@ -207,7 +207,7 @@ def makeService(options: Options) -> Program:
     from twisted.internet import reactor
 
     if options["config"]:
-        return ConfiguredProgram(Path(options["config"]), options["loaded"], reactor)
+        return ConfiguredProgram(Path(options["config"]), options["loaded"], options["parts"], reactor)
     limiter = Limiter(**options["settings"], limits=options["limits"])
     program = Program(options["drain"], bool(options["log-connections"]))
     program.add_limiter(limiter)
