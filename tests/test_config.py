@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from support import PATIENCE, failing, twistd_command
 
 from connlimit import refusals
-from connlimit._config import Config, ConfigError, ServiceConfig, StatusConfig, read
+from connlimit._config import Config, ServiceConfig, StatusConfig, read
+from connlimit._toml import ConfigError
 
 EXAMPLE = Path(__file__).parent.parent / "docs" / "examples" / "connlimit.toml"
 

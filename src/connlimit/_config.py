@@ -5,7 +5,6 @@ The configuration file: what it may say, and everything that is wrong with it.
 from __future__ import annotations
 
 import difflib
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,26 +13,7 @@ import attrs
 
 from connlimit._accepting import WHEN_FULL
 from connlimit._settings import FIELDS, load, seconds
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    try:
-        import tomli as tomllib
-    except ImportError:
-        tomllib = None
-
-
-class ConfigError(Exception):
-    """
-    The file cannot be used.
-
-    :ivar errors: all that is wrong with it, a sentence each.
-    """
-
-    def __init__(self, errors: list[str]) -> None:
-        super().__init__("\n".join(errors))
-        self.errors = errors
+from connlimit._toml import ConfigError, document
 
 
 @attrs.frozen
@@ -124,17 +104,7 @@ def read(path: Path) -> Config:
 
     :raises ConfigError: with everything that is wrong with it.
     """
-    if tomllib is None:
-        raise ConfigError([f"{path}: files need tomli on this Python: pip install 'connlimit[config]'"])
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise ConfigError([f"{path}: the file cannot be read: {error.strerror}"]) from None
-    try:
-        document = tomllib.loads(data.decode())
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ConfigError([f"{path}: this is no TOML: {error}"]) from None
-    return _Reader(str(path)).config(document)
+    return _Reader(str(path)).config(document(path))
 
 
 class _Reader:

@@ -17,7 +17,7 @@ from twisted.python.failure import Failure
 
 from connlimit import _systemd
 from connlimit._accepting import WatchedEndpoint
-from connlimit._config import Config, ConfigError, ServiceConfig, read
+from connlimit._config import Config, ServiceConfig, read
 from connlimit._factory import LimitingFactory
 from connlimit._forward import RelayFactory
 from connlimit._limiter import Limiter
@@ -31,6 +31,7 @@ from connlimit._serving import (
 )
 from connlimit._settings import FIELDS, Settings
 from connlimit._sharing import shared_limits
+from connlimit._toml import ConfigError
 from connlimit.status import status_service
 
 

@@ -13,7 +13,7 @@ from twisted.python import usage
 
 from connlimit import _demonstration
 from connlimit._accepting import check_when_full
-from connlimit._config import ConfigError, read
+from connlimit._config import read
 from connlimit._configured import ConfiguredProgram, check
 from connlimit._forward import RelayFactory
 from connlimit._limiter import Limiter
@@ -22,6 +22,7 @@ from connlimit._service import LimitedService
 from connlimit._serving import client_endpoint, import_factory, limited_plugin, plugins, server_endpoint
 from connlimit._settings import FIELDS, Settings, parse
 from connlimit._sharing import shared_limits
+from connlimit._toml import ConfigError
 from connlimit.status import status_service
 
 
