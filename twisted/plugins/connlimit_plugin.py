@@ -34,3 +34,9 @@ connlimit = ServiceMaker(
     "connlimit",
 )
 connlimit_endpoint_parser = _EndpointParser()
+connlimit_semaphores = ServiceMaker(
+    "connlimit-semaphores",
+    "connlimit.semaphores._tap",
+    "Named semaphores over HTTP, for clients of Throttle.",
+    "connlimit-semaphores",
+)

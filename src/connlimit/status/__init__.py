@@ -18,7 +18,8 @@ __all__ = ["status_service"]
 
 class Limited(Protocol):
     """
-    Whatever has limiters.
+    Whatever has limiters. What it has as ``semaphores`` is called to show these too, as
+    `connlimit.semaphores` has it.
     """
 
     @property

@@ -47,9 +47,31 @@ def page(state: dict[str, Any]) -> str:
 
 def sections(state: dict[str, Any]) -> str:
     """
-    A section for each limiter, and one for the process.
+    A section for each semaphore and each limiter, and one for the process.
     """
-    return "\n".join([*map(_limiter, state["limiters"]), _process(state)])
+    semaphores = map(_semaphore, state.get("semaphores", ()))
+    return "\n".join([*semaphores, *map(_limiter, state["limiters"]), _process(state)])
+
+
+def _semaphore(facts: dict[str, Any]) -> str:
+    name, most = escape(facts["name"]), facts["full_count"]
+    full = facts["acquired"] >= most
+    counts = [
+        ("level", facts["level"]),
+        ("pending", facts["pending"]),
+        ("longest pending", _seconds(facts["longest_pending"])),
+    ]
+    tables = _table("Counts", counts)
+    if "holders" in facts:
+        rows = [(each["peer"], each["count"], _seconds(each["for"])) for each in facts["holders"]]
+        tables += _table("Held longest", rows, ("peer", "count", "for"))
+    state = ' <span class="state">full</span>' if full else ""
+    return (
+        f'<section class="{"full" if full else "room"}" aria-labelledby="semaphore-{name}">'
+        f'<h2 id="semaphore-{name}">{name}{state}</h2>'
+        + _bar("active", "acquired", facts["acquired"], most)
+        + f'<div class="tables">{tables}</div></section>'
+    )
 
 
 def _limiter(facts: dict[str, Any]) -> str:

@@ -121,7 +121,9 @@ class StatusService(StreamServerEndpointService):
         Everything there is to tell, as JSON can say it.
         """
         self.follow_limiters()
+        semaphores = getattr(self._limited, "semaphores", None)
         return {
+            **({"semaphores": semaphores(with_peers)} if semaphores else {}),
             "limiters": [
                 {**watch.facts(with_peers), "history": watch.history()} for watch in self.watches.values()
             ],

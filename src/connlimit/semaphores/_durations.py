@@ -1,0 +1,64 @@
+"""
+Durations as the Throttle protocol writes them: ``300000ms``, ``5min``, ``2h 37min``.
+
+The units are those of the Rust library humantime, which Throttle reads them with.
+"""
+
+from __future__ import annotations
+
+import re
+
+#: The longest duration, in seconds: a year, and a leap day.
+LONGEST = 366 * 86400.0
+
+_UNITS = {
+    unit: seconds
+    for seconds, units in (
+        (1e-9, "ns nsec nanos"),
+        (1e-6, "us usec µs"),
+        (1e-3, "ms msec millis"),
+        (1.0, "s sec secs second seconds"),
+        (60.0, "m min mins minute minutes"),
+        (3600.0, "h hr hrs hour hours"),
+        (86400.0, "d day days"),
+        (7 * 86400.0, "w wk wks week weeks"),
+        (30.44 * 86400.0, "M month months"),
+        (365.25 * 86400.0, "y yr yrs year years"),
+    )
+    for unit in units.split()
+}
+
+_PART = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([a-zA-Zµ]+)\s*", re.ASCII)
+
+_MOST_CHARACTERS = 100
+
+
+def duration(name: str, text: object) -> float:
+    """
+    The seconds that a text stands for.
+
+    :param name: what it is the value of.
+    :raises ValueError: if it stands for none, or for more than `LONGEST`.
+    """
+    wrong = ValueError(f"{name} must be a duration such as 300ms, 5min or 2h 30min, not {_short(text)}")
+    if not isinstance(text, str) or len(text) > _MOST_CHARACTERS:
+        raise wrong
+    if text.strip() == "0":
+        return 0.0
+    seconds, at = 0.0, 0
+    while at < len(text):
+        part = _PART.match(text, at)
+        if part is None or part[2] not in _UNITS:
+            raise wrong
+        seconds += float(part[1]) * _UNITS[part[2]]
+        at = part.end()
+    if not text:
+        raise wrong
+    if seconds > LONGEST:
+        raise ValueError(f"{name} must be at most {LONGEST / 86400:.0f} days, not {_short(text)}")
+    return seconds
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= _MOST_CHARACTERS else f"{text[:_MOST_CHARACTERS]}…"

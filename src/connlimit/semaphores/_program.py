@@ -1,0 +1,152 @@
+"""
+A running server of semaphores: starts, reads its file again, shows itself, and stops.
+"""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+from typing import Any
+
+from twisted.internet.defer import CancelledError, Deferred, ensureDeferred
+from twisted.internet.task import deferLater
+from twisted.logger import Logger
+
+from connlimit import _descriptors, _systemd
+from connlimit._limiter import Limiter
+from connlimit._program import Program
+from connlimit._service import LimitedService
+from connlimit._toml import ConfigError
+from connlimit.semaphores._config import Config, read
+from connlimit.semaphores._http import SemaphoreSite
+from connlimit.semaphores._store import IStore, Unavailable
+
+#: Seconds that the last answers may take to reach their clients.
+_FLUSH = 5.0
+
+#: How many holders of each semaphore are shown.
+_SHOWN = 50
+
+#: Seconds until the store is told again what could not be told to it.
+_AGAIN = 1.0
+
+
+class SemaphoreProgram(Program):
+    """
+    Serves semaphores; SIGHUP reads their file again.
+    """
+
+    _log = Logger()
+
+    def __init__(
+        self,
+        path: Path,
+        config: Config,
+        endpoints: list[Any],
+        store: IStore,
+        reactor: Any,
+        *,
+        max_peers: int,
+        grace: float = 0.0,
+        polls_timeout: float = 30.0,
+    ) -> None:
+        """
+        :param path: the file of the semaphores.
+        :param config: what it says.
+        :param endpoints: where to listen.
+        :param store: where the semaphores are kept.
+        :param max_peers: how many peers there can be at once.
+        :param grace: for how many seconds after the start nothing is granted, so that peers can restore.
+        :param polls_timeout: how many seconds requests may still wait for their locks at the end.
+        """
+        super().__init__(_FLUSH)
+        self._path = path.absolute()
+        self._config = config
+        self._store = store
+        self._reactor = reactor
+        self._max_peers = max_peers
+        self._grace = grace
+        self._polls_timeout = polls_timeout
+        self._is_configured = False
+        self._configuring: Deferred[None] | None = None
+        self._site = SemaphoreSite(store, reactor)
+        # Only so that the last descriptors are not taken: each request that waits for a lock is a connection.
+        descriptors = _descriptors.limit()
+        room = None if descriptors is None else descriptors - _descriptors.reserve(descriptors)
+        self._limiter = Limiter(max_connections=room, refusal="http", name="requests")
+        self.add_limiter(self._limiter)
+        self._services = [LimitedService(endpoint, self._site, self._limiter) for endpoint in endpoints]
+        for service in self._services:
+            service.setServiceParent(self)
+
+    def semaphores(self, with_holders: bool) -> list[dict[str, Any]]:
+        """
+        What there is to see of the semaphores.
+
+        :param with_holders: whether to tell who holds them; whoever knows a peer's number can act for it.
+        """
+        now = self._store.seconds()
+        facts = list(self._store.state.facts(now))
+        if with_holders:
+            holders = self._store.state.holders(now, _SHOWN)
+            for each in facts:
+                each["holders"] = holders.get(each["name"], [])
+        return facts
+
+    def privilegedStartService(self) -> None:
+        """
+        Start to listen, or end the program with a sentence that says why not.
+        """
+        if hasattr(signal, "SIGHUP"):
+            signal.signal(signal.SIGHUP, lambda number, frame: self._reactor.callFromThread(self.reload))
+        if not self._config:
+            self._log.warn("{path}: no semaphores configured", path=str(self._path))
+        if self._grace:
+            self._store.submit("grace", self._grace)
+        self._tell_store()
+        super().privilegedStartService()
+
+    def reload(self) -> None:
+        """
+        Read the file again. One that is wrong changes nothing.
+        """
+        _systemd.notify_reloading()
+        try:
+            self._config = read(self._path)
+        except ConfigError as error:
+            for each in error.errors:
+                self._log.error("{error}; nothing was changed", error=each)
+        else:
+            self._tell_store()
+        _systemd.notify("READY=1")
+
+    def _tell_store(self) -> None:
+        if self._configuring is not None:
+            self._configuring.cancel()
+        self._configuring = ensureDeferred(self._configure())
+        self._configuring.addErrback(lambda failure: failure.trap(CancelledError))
+
+    async def _configure(self) -> None:
+        while True:
+            try:
+                await self._store.submit("configure", self._config, self._max_peers)
+                break
+            except Unavailable:
+                self._site.set_ready(self._is_configured)
+                await deferLater(self._reactor, _AGAIN)
+        self._is_configured = True
+        self._site.set_ready(True)
+        self._log.info("{path}: {count} semaphores", path=str(self._path), count=len(self._config))
+
+    async def _drain(self, limiter: Limiter) -> None:
+        """
+        Finish the requests, and then the connections that are kept for others.
+        """
+        if self._configuring is not None:
+            self._configuring.cancel()
+        await self._site.finish(self._polls_timeout)
+        for service in self._services:
+            for connection in limiter.active_for(service.factory):
+                connection.close()
+        await super()._drain(limiter)
+        await self._store.close()

@@ -1,0 +1,148 @@
+"""
+The command line: ``twistd connlimit-semaphores``.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from twisted.python import usage
+
+from connlimit import _descriptors
+from connlimit._program import CannotStart, Program
+from connlimit._serving import server_endpoint
+from connlimit._settings import seconds
+from connlimit._toml import ConfigError
+from connlimit.semaphores._config import read
+from connlimit.semaphores._program import SemaphoreProgram
+from connlimit.semaphores._state import State
+from connlimit.semaphores._store import IStore, MemoryStore
+from connlimit.status import status_service
+
+_LISTEN = "tcp:8000:interface=127.0.0.1"
+
+
+class Options(usage.Options):
+    """
+    The options of ``twistd connlimit-semaphores``.
+    """
+
+    synopsis = "[--listen ENDPOINT]... [--config FILE] [options]"
+    longdesc = (
+        "Serves named semaphores over HTTP, to clients of Throttle in any language: jobs that take so much of"
+        " something at once that others must wait. Everything is kept in memory, unless there is a --store."
+    )
+    optParameters = [
+        ["config", None, "throttle.toml", "the semaphores, as a TOML file; SIGHUP reads it again"],
+        [
+            "grace",
+            None,
+            "0",
+            "after the start, give those who held locks so long to say so before others get any [seconds]",
+        ],
+        ["store", None, None, "keep the state in the Redis at this URL, which several servers can share"],
+        ["max-peers", None, "100000", "how many peers there can be at once"],
+        [
+            "drain-timeout",
+            None,
+            "30",
+            "how long requests may still wait for their locks when the program is stopped [seconds]",
+        ],
+        ["status", None, None, "show a status page at this endpoint, such as tcp:8081:interface=127.0.0.1"],
+    ]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self["listen"] = []
+
+    def opt_listen(self, description: str) -> None:
+        """
+        listen at this server endpoint; can be given several times [tcp:8000:interface=127.0.0.1]
+        """
+        self["listen"].append(description)
+
+    def parseOptions(self, options: list[str] | None = None) -> None:
+        """
+        Parse the command line, or exit with one sentence that says what is wrong with it.
+        """
+        try:
+            super().parseOptions(options)
+        except usage.UsageError as error:
+            raise CannotStart(f"connlimit-semaphores: {error}") from None
+
+    def postOptions(self) -> None:
+        """
+        Check everything that can be checked before anything is started.
+        """
+        from twisted.internet import reactor
+
+        for name in ("grace", "drain-timeout"):
+            self[f"{name}-seconds"] = _seconds(f"--{name}", self[name])
+        if not (self["max-peers"].isascii() and self["max-peers"].isdecimal() and int(self["max-peers"])):
+            raise usage.UsageError(
+                f"--max-peers must be a whole number, 1 or more, not {self['max-peers']!r}"
+            )
+        if self["store"] and self["grace-seconds"]:
+            raise usage.UsageError("--grace must be left out with --store, which forgets nobody")
+        path = Path(self["config"])
+        try:
+            self["semaphores"] = read(path) if path.exists() else None
+            self["endpoints"] = [server_endpoint(reactor, each) for each in self["listen"] or [_LISTEN]]
+            self["status-endpoint"] = (
+                server_endpoint(reactor, self["status"], "--status") if self["status"] else None
+            )
+            self["kept"] = _store(self["store"], State(), reactor)
+        except ConfigError as error:
+            raise CannotStart("\n".join(f"connlimit-semaphores: {each}" for each in error.errors)) from None
+        except ValueError as error:
+            raise usage.UsageError(str(error)) from None
+
+
+def _seconds(option: str, text: str) -> float:
+    try:
+        value = seconds(text)
+        if 0 <= value < float("inf"):
+            return value
+    except ValueError:
+        pass
+    raise usage.UsageError(f"{option} must be a time such as 30, 30s or 5min, not {text!r}")
+
+
+def _store(url: str | None, state: State, reactor: Any) -> IStore:
+    """
+    :raises ValueError: if the URL is wrong, or what it takes is not installed.
+    """
+    if url is None:
+        return MemoryStore(state, reactor)
+    try:
+        from connlimit.semaphores._redis_store import RedisStore
+    except ImportError:
+        raise ValueError("--store needs txredisapi: pip install 'connlimit[redis]'") from None
+    store: IStore = RedisStore(state, url, reactor)
+    return store
+
+
+def makeService(options: Options) -> Program:
+    """
+    The service that the options ask for.
+    """
+    from twisted.internet import reactor
+
+    _descriptors.raise_limit()
+    config = options["semaphores"]
+    program = SemaphoreProgram(
+        Path(options["config"]),
+        config or {},
+        options["endpoints"],
+        options["kept"],
+        reactor,
+        max_peers=int(options["max-peers"]),
+        grace=options["grace-seconds"],
+        polls_timeout=options["drain-timeout-seconds"],
+    )
+    if config is None:
+        program.hints = (f"{options['config']}: there is no such file, so there are no semaphores",)
+    if options["status-endpoint"] is not None:
+        program.status = status_service(options["status-endpoint"], program)
+    return program
