@@ -16,16 +16,26 @@ from types import TracebackType
 from typing import Any
 from urllib.parse import quote, urlsplit
 
-from twisted.internet.defer import CancelledError, Deferred, ensureDeferred
+import attrs
+from twisted.internet.abstract import isIPAddress, isIPv6Address
+from twisted.internet.defer import CancelledError, Deferred, DeferredList, ensureDeferred
+from twisted.internet.defer import TimeoutError as TimedOut
+from twisted.internet.endpoints import TCP4ClientEndpoint, TCP6ClientEndpoint
+from twisted.internet.interfaces import IStreamClientEndpoint
 from twisted.internet.task import LoopingCall, deferLater
 from twisted.logger import Logger
-from twisted.web.client import Agent, HTTPConnectionPool
+from twisted.web.client import URI, Agent, HTTPConnectionPool
+from twisted.web.iweb import IAgentEndpointFactory
+from zope.interface import implementer
 
 #: Seconds for which a request for a lock lets the server wait.
 _BLOCK_FOR = 5.0
 
 #: Seconds in which the server must answer, besides.
 _PATIENCE = 10.0
+
+#: Seconds in which the server can still be told something at the end.
+_LAST_WORDS = 2.0
 
 #: Seconds until the server is tried again, at first and at most.
 _FIRST_RETRY, _LAST_RETRY = 0.1, 5.0
@@ -96,7 +106,10 @@ class Semaphores:
         self._reactor = reactor
         self._pool = HTTPConnectionPool(reactor)
         self._pool.maxPersistentPerHost = 8
-        self._agent = Agent(reactor, connectTimeout=_PATIENCE, pool=self._pool)
+        if parts.scheme == "http" and (isIPAddress(parts.hostname) or isIPv6Address(parts.hostname)):
+            self._agent = Agent.usingEndpointFactory(reactor, _Numeric(reactor), self._pool)
+        else:
+            self._agent = Agent(reactor, connectTimeout=_PATIENCE, pool=self._pool)
         self._is_away = False
         self._behind: set[Deferred[Any]] = set()
         self.expires_in = float(expires_in)
@@ -134,12 +147,16 @@ class Semaphores:
 
     def close(self) -> Deferred[None]:
         """
-        Give up what is still to be told to the server, and close all connections.
+        Tell the server what is still to be told, if that is soon done, and close all connections.
         """
+        return ensureDeferred(self._close())
+
+    async def _close(self) -> None:
+        told = DeferredList(list(self._behind))
+        await told.addTimeout(_LAST_WORDS, self._reactor).addErrback(lambda failure: failure.trap(TimedOut))
         for each in list(self._behind):
             each.cancel()
-        closed: Deferred[None] = self._pool.closeCachedConnections()
-        return closed
+        await self._pool.closeCachedConnections()
 
     async def request(
         self, method: str, path: str, body: object = None, seconds: float = 0.0
@@ -412,6 +429,24 @@ class Lock:
         traceback: TracebackType | None,
     ) -> None:
         await self.release()
+
+
+@implementer(IAgentEndpointFactory)
+@attrs.frozen
+class _Numeric:
+    """
+    Endpoints of servers that are named by their addresses, which Twisted alone would look up, in a thread.
+    """
+
+    reactor: Any
+
+    def endpointForURI(self, uri: URI) -> IStreamClientEndpoint:
+        """
+        See `IAgentEndpointFactory.endpointForURI`.
+        """
+        host = uri.host.decode().strip("[]")
+        kind = TCP4ClientEndpoint if isIPAddress(host) else TCP6ClientEndpoint
+        return kind(self.reactor, host, uri.port, timeout=_PATIENCE)
 
 
 def _text(seconds: float) -> str:
