@@ -19,9 +19,10 @@ from zope.interface.verify import verifyObject
 from connlimit import Limiter, LimitingFactory, _descriptors
 from connlimit._inert import Inert
 from connlimit._settings import FIELDS
-from connlimit.interfaces import ILimit, ILimiterObserver
+from connlimit.interfaces import IConnection, ILimit, ILimiterObserver, IRefusingLimit
 from connlimit.limits import PerKey
 from connlimit.observers import LimiterObserver
+from connlimit.refusals import Say
 
 
 class LimiterTestCase(SynchronousTestCase):
@@ -605,6 +606,87 @@ class FurtherLimitTests(LimiterTestCase):
         self.close(first)
         self.assert_counts(active=1, waiting=0)
         self.assertEqual(len(self.flushLoggedErrors(ZeroDivisionError)), 1)
+
+
+@implementer(IRefusingLimit)
+class FailingLimit(RemoteLimit):
+    """
+    A limit that can say that waiting is useless.
+    """
+
+    useless = False
+
+    def refuses(self) -> bool:
+        return self.useless
+
+
+class RefusingLimitTests(LimiterTestCase):
+    """
+    A limit of which nobody is to wait for a slot.
+    """
+
+    def setUp(self) -> None:
+        self.limit = FailingLimit()
+        verifyObject(IRefusingLimit, self.limit)
+
+    def test_those_who_wait_and_newcomers_are_refused_with_the_words_of_the_refusal(self) -> None:
+        self.limited(limits=[self.limit], refusal=Say(b"come back later"))
+        waiting = self.connect(3)
+        self.assert_counts(waiting=3)
+        self.limit.useless = True
+        newcomer, *_ = self.connect()
+        self.assertEqual(newcomer.received, b"come back later")
+        self.assert_counts(waiting=3, refused={"full": 1})
+        self.clock.advance(1)
+        self.assertEqual([each.received for each in waiting], [b"come back later"] * 3)
+        self.assert_counts(waiting=0, refused={"full": 4})
+        self.limit.useless = False
+        self.connect()
+        self.assert_counts(waiting=1)
+        self.limit.grant(1)
+        self.assert_counts(active=1, waiting=0)
+
+    def test_who_gets_a_slot_is_served_nevertheless(self) -> None:
+        self.limited(limits=[self.limit])
+        self.limit.useless = True
+        self.limit.granted = 1
+        self.connect(2)
+        self.assert_counts(active=1, refused={"full": 1})
+
+    def test_a_long_line_is_refused_some_at_a_time_and_in_order(self) -> None:
+        self.limited(limits=[self.limit])
+        refused: list[int] = []
+        others: list[int] = []
+
+        class Order(LimiterObserver):
+            def refused(self, limiter: Limiter, connection: IConnection, reason: str) -> None:
+                refused.append(connection.address.port - 10000)
+                if len(refused) == 1:
+                    limiter.clock.callLater(0, lambda: others.append(len(refused)))
+
+        self.limiter.add_observer(Order())
+        self.connect(1000)
+        self.limit.useless = True
+        self.clock.advance(1)
+        self.assertEqual(others, [100])
+        self.assertEqual(refused, list(range(1000)))
+        self.assertEqual(self.clock.getDelayedCalls(), [])
+
+    def test_the_rest_waits_on_if_it_becomes_useful_again_meanwhile(self) -> None:
+        self.limited(limits=[self.limit])
+        self.connect(150)
+        self.limit.useless = True
+        tell = self.limit.refuses
+        self.limit.refuses = lambda: tell() and self.limiter.waiting > 120
+        self.clock.advance(1)
+        self.assert_counts(waiting=120, refused={"full": 30})
+
+    def test_a_limit_that_fails_to_tell_lets_wait(self) -> None:
+        self.limited(limits=[self.limit])
+        self.limit.refuses = lambda: 1 / 0
+        self.connect()
+        self.assert_counts(waiting=1)
+        self.assertTrue(self.flushLoggedErrors(ZeroDivisionError))
 
 
 class DrainTests(LimiterTestCase):

@@ -17,7 +17,8 @@ These things can happen, and no others:
                     new -> over        the last place was taken meanwhile (refused)
     a slot frees    waiting -> active  it is its turn
     wait_timeout    waiting -> over    refused; likewise if the order of the line says that it is too late,
-                                       or if its peer is at its cap at its turn and must not wait
+                                       or if its peer is at its cap at its turn and must not wait, or if
+                                       a limit says that waiting is useless
     drain           waiting -> over    refused
     depart          waiting -> over    its client went away
     finish          active -> over     its socket is gone; the slot is free
@@ -63,12 +64,22 @@ from connlimit._inert import Inert
 from connlimit._line import ORDERS, Line
 from connlimit._peers import peer_key
 from connlimit._settings import Settings, adjustable
-from connlimit.interfaces import IConnection, IKeyedLimit, ILimit, ILimiterObserver, IPort
+from connlimit.interfaces import (
+    IConnection,
+    IKeyedLimit,
+    ILimit,
+    ILimiterObserver,
+    IPort,
+    IRefusingLimit,
+)
 from connlimit.limits import All, PerKey, Rate, Total
 from connlimit.refusals import DESCRIPTORS, DRAINING, FULL, PEER, REASONS, TIMEOUT
 
 _AUDIT_INTERVAL = 1.0  # seconds
 _RATE_WINDOW = 10.0  # seconds
+
+#: How many of the line are refused at once when waiting is useless, before others have their turn.
+_REFUSED_AT_ONCE = 100
 
 
 @attrs.frozen
@@ -167,6 +178,7 @@ class Limiter:
         self.limits = tuple(limits)
         for limit in self.limits:
             limit.subscribe(partial(self._may_have_room, limit))
+        self._refusing = tuple(limit for limit in self.limits if IRefusingLimit.providedBy(limit))
 
         # The address of each connection that holds a slot, by a weak reference to it.
         self._active: dict[ref[IConnection], IAddress] = {}
@@ -177,6 +189,7 @@ class Limiter:
         self._collected: list[ref[IConnection]] = []
         self._timer: IDelayedCall | None = None
         self._audit_timer: IDelayedCall | None = None
+        self._refusal_timer: IDelayedCall | None = None
         # Who waits and has not had the notice yet, if there is one.
         self._unnotified: dict[IConnection, float] = {}
         self._serving = False
@@ -367,8 +380,12 @@ class Limiter:
             self._rate = Rate(settings.max_rate, settings.max_burst, self._clock)
             self._rate.subscribe(self._serve_waiting)
         # The rate comes last: what it has given, nobody can give back.
-        limits = [each for each in (self._total, self._peers, *self.limits, self._rate) if each is not None]
-        limit = All(limits) if len(limits) > 1 else self._total
+        limits = [each for each in (self._peers, *self.limits, self._rate) if each is not None]
+        # Who has no limit in all needs no count, so it is made when there is one again.
+        self._total.in_use = len(self._active) - len(self._exempt)
+        if self._total.slots is not None or not limits:
+            limits.insert(0, self._total)
+        limit = All(limits) if limits != [self._total] else self._total
         # Bound once: a served connection costs one call for all limits together.
         self._try_acquire = limit.try_acquire
         self._release = limit.release
@@ -600,6 +617,8 @@ class Limiter:
             return DRAINING
         if self._must_not_wait(connection):
             return PEER
+        if self._waiting_is_useless():
+            return FULL
         most = self.settings.max_waiting
         if most is not None and self.waiting >= most:
             return FULL
@@ -615,6 +634,33 @@ class Limiter:
             and self.settings.over_peer == "refuse"
             and not peers.has_room(peers.key(connection))
         )
+
+    def _waiting_is_useless(self) -> bool:
+        """
+        Whether a limit says that nobody is to wait. One that fails to tell does not.
+        """
+        for limit in self._refusing:
+            try:
+                if limit.refuses():
+                    return True
+            except Exception:
+                self._log.failure("{limit} failed to tell whether it refuses", limit=limit)
+        return False
+
+    def _refuse_if_useless(self) -> None:
+        """
+        Refuse the line as long as waiting is useless, longest waiting first, and let others have their turn
+        now and then.
+        """
+        self._refusal_timer = None
+        for _ in range(_REFUSED_AT_ONCE):
+            if not self.waiting or not self._waiting_is_useless():
+                return
+            connection, _arrived = self._line.oldest()
+            self._leave_line(connection)
+            self._refuse(connection, FULL)
+        if self.waiting and self._refusal_timer is None:
+            self._refusal_timer = self.clock.callLater(0, self._refuse_if_useless)
 
     def _may_have_room(self, limit: ILimit | None = None) -> None:
         """
@@ -791,6 +837,9 @@ class Limiter:
         if self._audit_timer is not None:
             self._audit_timer.cancel()
             self._audit_timer = None
+        if self._refusal_timer is not None:
+            self._refusal_timer.cancel()
+            self._refusal_timer = None
 
     def _audit(self) -> None:
         """
@@ -807,6 +856,8 @@ class Limiter:
             self._close_idle(actives, self.settings.idle_timeout)
         self._serve_waiting()
         self._start_timers()
+        if self._refusing and self._refusal_timer is None:
+            self._refuse_if_useless()
 
     def _close_idle(self, actives: list[IConnection], timeout: float) -> None:
         """

@@ -126,6 +126,18 @@ class IKeyedLimit(ILimit):
         """
 
 
+class IRefusingLimit(ILimit):
+    """
+    A limit that can know that waiting for a slot is useless.
+    """
+
+    def refuses() -> bool:
+        """
+        Whether nobody is to wait now: newcomers that get no slot are refused, and within a second all who
+        wait.
+        """
+
+
 class IWaitingLine(Interface):
     """
     The order in which waiting connections are served. Every operation takes constant or logarithmic time.

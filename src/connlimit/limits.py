@@ -229,33 +229,38 @@ class All:
 
     def __init__(self, limits: Sequence[ILimit]) -> None:
         self.limits = tuple(limits)
+        # Bound once, since each connection asks all of them.
+        self._acquires = tuple(limit.try_acquire for limit in limits)
+        self._releases = tuple(limit.release for limit in limits)
 
     def try_acquire(self, connection: IConnection) -> bool:
         """
         See `ILimit.try_acquire`.
         """
-        for index, limit in enumerate(self.limits):
-            try:
-                acquired = limit.try_acquire(connection)
-            except Exception:
-                self._log.failure("{limit} failed to answer; no slot is taken", limit=limit)
-                acquired = False
-            if not acquired:
-                self._release(self.limits[:index], connection)
-                return False
-        return True
+        held = 0
+        try:
+            for acquire in self._acquires:
+                if not acquire(connection):
+                    break
+                held += 1
+            else:
+                return True
+        except Exception:
+            self._log.failure("{limit} failed to answer; no slot is taken", limit=self.limits[held])
+        self.release(connection, held)
+        return False
 
-    def release(self, connection: IConnection) -> None:
+    def release(self, connection: IConnection, count: int | None = None) -> None:
         """
         See `ILimit.release`.
-        """
-        self._release(self.limits, connection)
 
-    def _release(self, limits: Sequence[ILimit], connection: IConnection) -> None:
-        for limit in limits:
+        :param count: of how many limits, the first ones; None for all.
+        """
+        for release in self._releases[:count]:
             try:
-                limit.release(connection)
+                release(connection)
             except Exception:
+                limit = self.limits[self._releases.index(release)]
                 self._log.failure("{limit} failed to take a slot back", limit=limit)
 
     def subscribe(self, callback: Callable[[], None]) -> None:
