@@ -6,9 +6,9 @@ from __future__ import annotations
 
 import argparse
 
-from bench import interfaces, line, memory
+from bench import interfaces, line, memory, shared
 
-BENCHMARKS = {"interfaces": interfaces.run, "line": line.run, "memory": memory.run}
+BENCHMARKS = {"interfaces": interfaces.run, "line": line.run, "memory": memory.run, "shared": shared.run}
 
 
 def main() -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 import shutil
 import signal
 import socket
@@ -13,21 +14,26 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import closing, suppress
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, closing, suppress
 from pathlib import Path
+from time import monotonic
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pytest_twisted import ensureDeferred
-from sockets import patiently, until
-from support import ECHO, PATIENCE, Log, failing, running
+from sockets import connected, listening, patiently, until
+from support import ECHO, PATIENCE, Log, failing, free_port, make_certificate, running
 from twisted.internet import reactor
-from twisted.internet.endpoints import serverFromString
+from twisted.internet.endpoints import UNIXClientEndpoint, serverFromString
 from twisted.internet.threads import deferToThread
 
+from connlimit import Limiter
 from connlimit._config import read
+from connlimit._forward import RelayFactory
+from connlimit._inert import Inert
+from connlimit.refusals import Say
 
 txredisapi = pytest.importorskip("txredisapi")
 shared = pytest.importorskip("connlimit.shared")
@@ -48,11 +54,12 @@ def redis_program() -> str:
 
 class Redis:
     """
-    A Redis of the test's own, on a UNIX socket.
+    A Redis of the test's own, on a UNIX socket and, if need be, a port.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, port: int = 0) -> None:
         self.folder = folder
+        self.port = port
         self.socket = folder / "redis.sock"
         self.url = f"unix://{self.socket}"
         self.process: subprocess.Popen[bytes] | None = None
@@ -61,7 +68,7 @@ class Redis:
         command = [
             redis_program(),
             "--port",
-            "0",
+            str(self.port),
             "--unixsocket",
             str(self.socket),
             "--dir",
@@ -70,9 +77,9 @@ class Redis:
         self.process = subprocess.Popen(
             [*command, "--save", "", "--appendonly", "no", *settings], stdout=subprocess.DEVNULL
         )
-        began = time.monotonic()
-        while self.ask(b"PING") != b"+PONG":
-            assert time.monotonic() - began < PATIENCE
+        began = monotonic()
+        while not self.ask(b"PING").startswith((b"+PONG", b"-NOAUTH")):
+            assert monotonic() - began < PATIENCE
             time.sleep(0.02)
         # A Redis that has just started gives no slots.
         while settle and int(self.info(b"uptime_in_seconds")) < TTL:
@@ -90,12 +97,12 @@ class Redis:
             return client.recv(65536).split(b"\r\n")[0]
         return b""
 
-    def info(self, name: bytes) -> bytes:
+    def info(self, name: bytes, section: bytes = b"server") -> bytes:
         with closing(socket.socket(socket.AF_UNIX)) as client:
             client.connect(str(self.socket))
-            client.sendall(b"INFO server\r\n")
+            client.sendall(b"INFO " + section + b"\r\n")
             received = b""
-            while name + b":" not in received:
+            while not re.search(name + b":.*\r\n", received):
                 received += client.recv(65536)
             return received.split(name + b":")[1].split(b"\r\n")[0]
 
@@ -123,7 +130,7 @@ class Members:
 
     number = 0
 
-    def __init__(self, redis: Redis, slots: int, count: int, **settings: object) -> None:
+    def __init__(self, redis: Redis | Service, slots: int, count: int, **settings: object) -> None:
         Members.number += 1
         self.limits = [
             shared.RedisLimit(f"limit {Members.number}", slots, url=redis.url, **{"ttl": TTL, **settings})
@@ -162,6 +169,7 @@ async def test_members_never_have_more_than_there_are(redis: Redis) -> None:
         for _ in range(30):
             index = max(range(3), key=lambda index: members.used()[index])
             members.limits[index].release(None)
+            members.serve(index)
             if not any(members.wanted):
                 members.want((index + 1) % 3, 2)
             await until(lambda: sum(members.used()) == 5 or not any(members.wanted))
@@ -178,10 +186,10 @@ async def test_a_freed_slot_reaches_who_waits_elsewhere_soon(redis: Redis) -> No
             await until(
                 lambda one=one, other=other: members.limits[other]._short or members.limits[one]._short
             )
-            began = time.monotonic()
+            began = monotonic()
             members.limits[one].release(None)
             await until(lambda other=other: members.used()[other] == 1)
-            times.append(time.monotonic() - began)
+            times.append(monotonic() - began)
         assert sorted(times)[len(times) // 2] < 0.05
 
 
@@ -192,8 +200,28 @@ async def test_nobody_sits_on_free_slots_while_another_waits(redis: Redis) -> No
         await until(lambda: members.used() == [20, 0])
         for _ in range(15):
             members.limits[0].release(None)
+        began = monotonic()
         members.want(1, 15)
         await until(lambda: members.used() == [5, 15])
+        assert monotonic() - began < TTL / 3  # nobody waited for a heartbeat
+
+
+@ensureDeferred
+async def test_a_busy_process_asks_rarely_and_an_idle_one_keeps_nothing(redis: Redis) -> None:
+    async with Members(redis, 200, 1) as members:
+        limit = members.limits[0]
+        rounds = 0
+        while rounds < 100:
+            if rounds == 20:
+                questions, began = limit._question, monotonic()
+            members.want(0, 40)
+            await until(lambda: members.used() == [40])
+            while limit.in_use:
+                limit.release(None)
+            await until(lambda: True)
+            rounds += 1
+        assert limit._question - questions <= (monotonic() - began) / (TTL / 3) + 2
+        await until(lambda: limit.held == 0)
 
 
 @ensureDeferred
@@ -205,10 +233,10 @@ async def test_a_dead_members_slots_return_within_the_ttl(redis: Redis) -> None:
         dead._closed = True  # it says no more
         dead._timer.cancel()
         dead.in_use = 0
-        began = time.monotonic()
+        began = monotonic()
         members.want(1, 3)
         await until(lambda: members.used() == [0, 3])
-        assert time.monotonic() - began < TTL + 1.2
+        assert monotonic() - began < TTL + 1.2
         dead._closed = False
         dead._timer = None
 
@@ -218,7 +246,7 @@ async def test_who_was_stopped_for_longer_than_the_ttl_knows_that_it_has_no_leas
     async with Members(redis, 2, 1) as members:
         members.want(0, 1)
         await until(lambda: members.used() == [1] and members.limits[0].held == 2)
-        members.limits[0]._ends = time.monotonic() - 0.001
+        members.limits[0]._ends = monotonic() - 0.001
         assert not members.limits[0].try_acquire(None)
         members.want(0, 1)
         await until(lambda: members.used() == [2])
@@ -244,8 +272,10 @@ async def test_a_late_question_undoes_nothing(redis: Redis) -> None:
         await until(lambda: members.used() == [3])
         limit = members.limits[0]
         late = [limit._member, int(TTL * 1000), 0, 0, 0, 5, limit._channel, limit._question]
-        assert await patiently(limit._redis.eval(shared._LEASE, limit._keys, late)) == [0, 0]
-        assert int(await patiently(limit._redis.hget(limit._keys[1], limit._member))) >= 3
+        assert await patiently(limit._ask_redis(shared._LEASE, late, PATIENCE)) == [0, 0]
+        connection = await patiently(txredisapi.UnixConnection(str(redis.socket), reconnect=False))
+        assert int(await patiently(connection.hget(limit._keys[1], limit._member))) >= 3
+        await patiently(connection.disconnect())
 
 
 @ensureDeferred
@@ -257,8 +287,8 @@ async def test_nothing_is_left_in_redis(redis: Redis) -> None:
         limit = members.limits[0]
     connection = await patiently(txredisapi.UnixConnection(str(redis.socket), reconnect=False))
     left = await patiently(connection.keys(f"*{{{limit.name}}}*"))
-    # The counter of turns is all that may be left, and expires by itself.
-    assert set(left) <= {limit._keys[4]}
+    # The counter of turns and the name of the Redis are all that may be left, and expire by themselves.
+    assert set(left) <= {limit._keys[4], limit._keys[6]}
     for key in left:
         assert 0 < await patiently(connection.ttl(key)) <= TTL * 10 + 1
     await patiently(connection.disconnect())
@@ -281,13 +311,13 @@ async def test_when_redis_is_away_it_says_so_once_and_goes_on_when_it_is_back(
                 assert members.used() == [2]  # the lease can be used up
                 limit.release(None)
                 limit.release(None)
-                await until(lambda: time.monotonic() > limit._ends and limit._is_away)
+                await until(lambda: monotonic() > limit._ends and limit._is_away)
                 members.want(0, 2)
                 assert members.used() == [0 if when_unreachable == "hold" else 1]
                 redis.start(settle=False)
                 await until(lambda: members.used() == [2])
         texts = [text for text in log.texts() if "limit " in text]
-        assert ["does not answer" in text for text in texts] == [True, False]
+        assert ["cannot be used" in text for text in texts] == [True, False]
         assert "is back" in texts[1]
     finally:
         redis.stop()
@@ -300,10 +330,27 @@ async def test_when_redis_is_away_it_says_so_once_and_goes_on_when_it_is_back(
         ("rediss://user:p%40ss@host:7000/3", ("host", 7000, None, 3, "user", "p@ss", True)),
         ("unix:///run/redis.sock?db=2", (None, 6379, "/run/redis.sock", 2, None, None, False)),
         ("unix://:secret@/run/redis.sock", (None, 6379, "/run/redis.sock", 0, None, "secret", False)),
+        ("rediss://[::1]/?ssl_ca_certs=/ca.pem&ttl=3", ("::1", 6379, None, 0, None, None, True, "/ca.pem")),
+        (
+            "redis+sentinel://:pw@one,two:7000,[::1]:8000/service/3",
+            (
+                *(None, 6379, None, 3, None, "pw", False, None),
+                (("one", 26379), ("two", 7000), ("::1", 8000)),
+                "service",
+            ),
+        ),
     ],
 )
 def test_urls_are_read(url: str, expected: tuple[object, ...]) -> None:
     assert shared.RedisAddress.from_url(url) == shared.RedisAddress(*expected)
+
+
+def test_a_url_can_carry_what_a_limit_takes() -> None:
+    url = "redis://localhost/2?ttl=5&when_unreachable=local=3"
+    limit = shared.RedisLimit("x", 5, url=url)
+    assert (limit._ttl, limit._local, limit._refuses, limit.address.database) == (5, 3, False, 2)
+    limit = shared.RedisLimit("x", 5, url=url, ttl=7, when_unreachable="refuse")
+    assert (limit._ttl, limit._local, limit._refuses) == (7, 0, True)
 
 
 @pytest.mark.parametrize(
@@ -317,8 +364,17 @@ def test_urls_are_read(url: str, expected: tuple[object, ...]) -> None:
         ({"slots": -1}, "slots must be a whole number"),
         ({"name": ""}, "name must be a text"),
         ({"ttl": 0}, "ttl must be a number of seconds"),
-        ({"when_unreachable": "panic"}, "when_unreachable must be hold or local=N, not 'panic'"),
+        ({"when_unreachable": "panic"}, "when_unreachable must be hold, refuse or local=N, not 'panic'"),
         ({"when_unreachable": "local=x"}, "when_unreachable must be"),
+        ({"url": "redis://host?ttl=soon"}, "ttl must be a number of seconds from 0.5 to 3600, not 'soon'"),
+        ({"url": "redis://host?ttl=nan"}, "ttl must be a number of seconds from 0.5 to 3600, not 'nan'"),
+        ({"url": "redis://host?when_unreachable=local"}, "when_unreachable must be .*, not 'local'"),
+        ({"url": "redis://host?tttl=5"}, "url can have the parameters ttl, when_unreachable, not tttl=5"),
+        ({"url": "redis://host?ssl_ca_certs=x"}, "url can have .*, not ssl_ca_certs=x"),
+        ({"url": "redis+sentinel://host"}, "url must be that of a Redis"),
+        ({"url": "redis+sentinel://host,:1/service"}, "url must be that of a Redis"),
+        ({"url": "redis://:secret@host/db"}, r"url must be .*, not 'redis://:\*\*\*@host/db'"),
+        ({"url": "rediss://host?ssl_ca_certs=/none"}, "ssl_ca_certs must be a file of .*, not '/none'"),
     ],
 )
 def test_a_wrong_value_gets_one_sentence(settings: dict[str, object], words: str) -> None:
@@ -428,9 +484,9 @@ def test_four_processes_never_have_more_than_the_limit_whatever_happens_to_them(
         before = len(answered)
         redis.stop()
         redis.start(settle=False)
-        began = time.monotonic()
+        began = monotonic()
         while len(answered) < before + 200:
-            assert time.monotonic() - began < PATIENCE
+            assert monotonic() - began < PATIENCE
             time.sleep(0.05)
         ended.set()
         for client in clients:
@@ -472,16 +528,18 @@ def test_two_programs_share_a_limit_by_their_command_lines(redis: Redis, tmp_pat
 
 def test_an_endpoint_string_and_a_file_can_ask_for_it(tmp_path: Path) -> None:
     endpoint = serverFromString(
-        reactor, r"connlimit:tcp:0:max_connections=7:limiter=x:shared=redis\://localhost"
+        reactor,
+        r"connlimit:tcp:0:max_connections=7:limiter=x:shared=redis\://localhost?ttl=3&when_unreachable=local=2",
     )
     (limit,) = endpoint.limiter.limits
     assert (limit.name, limit._slots, limit.address.host) == ("x", 7, "localhost")
+    assert (limit._ttl, limit._local) == (3, 2)
     path = tmp_path / "connlimit.toml"
     path.write_text(
-        '[limiters.y]\nmax_connections = 8\nshared = "redis://localhost/2"\n'
+        '[limiters.y]\nmax_connections = 8\nshared = "redis://localhost/2?ttl=3"\n'
         '[services.s]\nlisten = "tcp:0"\nforward = "tcp:localhost:1"\n'
     )
-    assert read(path).shared == {"y": "redis://localhost/2"}
+    assert read(path).shared == {"y": "redis://localhost/2?ttl=3"}
 
 
 @pytest.mark.parametrize(
@@ -489,6 +547,7 @@ def test_an_endpoint_string_and_a_file_can_ask_for_it(tmp_path: Path) -> None:
     [
         (["--shared=redis://localhost"], "shared needs max_connections"),
         (["--shared=nonsense", "--max-connections=5"], "url must be that of a Redis"),
+        (["--shared=redis://x?ttl=0", "--max-connections=5"], "ttl must be a number of seconds from 0.5"),
     ],
 )
 def test_a_wrong_command_line_gets_one_sentence(arguments: list[str], words: str) -> None:
@@ -542,20 +601,319 @@ async def test_what_is_no_usable_redis_serves_nobody_and_is_told_of_once(answer:
         await until(lambda: limit._is_away)
         await until(lambda: limit._question >= 3)
         assert not limit.try_acquire(None)
-    assert sum("does not answer" in text for text in log.texts()) == 1
+    assert sum("cannot be used" in text for text in log.texts()) == 1
     await patiently(limit.close())
     strange.stop()
+
+
+class Flooding(Answering):
+    """
+    Something that does not stop answering.
+
+    :ivar sent: how many bytes of that it got rid of on each connection.
+    """
+
+    def __init__(self, answer: bytes, more: bytes) -> None:
+        self._more = more * (100_000 // len(more))
+        self.sent: list[int] = []
+        super().__init__(answer)
+
+    def _talk(self, client: socket.socket) -> None:
+        self.sent.append(0)
+        number = len(self.sent) - 1
+        with suppress(OSError), client:
+            client.recv(65536)
+            client.sendall(self._answer)
+            while True:
+                self.sent[number] += client.send(self._more)
+
+
+@pytest.mark.parametrize(
+    ("answer", "more"),
+    [
+        (b"$900000000\r\n", b"x"),
+        (b"*900000000\r\n", b":1\r\n"),
+        (b"", b"*1\r\n"),
+        (b"", b"+OK\r\n"),
+        (b"", b"x"),
+        (b"", b"x\r\n"),
+    ],
+)
+@ensureDeferred
+async def test_an_endless_answer_takes_no_memory(answer: bytes, more: bytes) -> None:
+    endless = Flooding(answer, more)
+    limit = shared.RedisLimit("x", 5, url=endless.url, ttl=TTL)
+    with Log() as log:
+        assert not limit.try_acquire(None)
+        await until(lambda: limit._question >= 4)
+        await patiently(limit.close())
+    assert sum("cannot be used" in text for text in log.texts()) == 1
+    assert not [event for event in log.events if "log_failure" in event]
+    # The kernel takes some, too.
+    assert 0 < max(endless.sent) < 20_000_000
+    endless.stop()
+
+
+BROKEN = {
+    "full": ("CONFIG SET maxmemory 1", "CONFIG SET maxmemory 0", "OOM"),
+    "a replica": ("REPLICAOF 127.0.0.1 1", "REPLICAOF NO ONE", "READONLY"),
+    "with a wrong password": (
+        "CONFIG SET requirepass other",
+        "AUTH other\r\nCONFIG SET requirepass secret",
+        "WRONGPASS",
+    ),
+    "without the password that is demanded": (
+        "CONFIG SET requirepass other",
+        'AUTH other\r\nCONFIG SET requirepass ""',
+        "NOAUTH",
+    ),
+    "with a password that is not demanded": (
+        "PING",
+        "CONFIG SET requirepass secret",
+        "AUTH <password> called without any password configured",
+    ),
+    "hanging": (signal.SIGSTOP, signal.SIGCONT, "no answer within 0.5 s"),
+}
+
+
+@pytest.mark.parametrize("what", BROKEN)
+@ensureDeferred
+async def test_while_redis_cannot_be_used_all_wait_and_once_it_can_they_are_served(
+    what: str, tmp_path: Path
+) -> None:
+    spoil, mend, words = BROKEN[what]
+    redis = Redis(tmp_path).start()
+    url = redis.url
+    if what.startswith("with a"):
+        url = f"unix://:secret@{redis.socket}"
+
+    def do(order: str | signal.Signals) -> None:
+        if isinstance(order, str):
+            assert redis.ask(order.encode()).startswith(b"+")
+        else:
+            os.kill(redis.process.pid, order)
+
+    try:
+        do(spoil)
+        limit = shared.RedisLimit("x", 5, url=url, ttl=TTL)
+        limiter = Limiter(limits=[limit])
+        with Log() as log:
+            newcomer = Inert(None)
+            assert not limiter.serve_at_once(newcomer)
+            limiter.wait(newcomer)
+            await until(lambda: limit._is_away)
+            await until(lambda: limit._question >= 3)
+            assert limiter.waiting == 1
+            do(mend)
+            await until(lambda: limiter.active == 1)
+        limiter.finish(newcomer)
+        await patiently(limit.close())
+        complaint, relief = log.texts()[0], log.texts()[-1]
+        assert complaint.startswith(f"limit x: Redis at {redis.socket} cannot be used: ")
+        assert words in complaint
+        assert relief == f"limit x: Redis at {redis.socket} is back"
+        assert sum("cannot be used" in text for text in log.texts()) == 1
+        assert not [event for event in log.events if "log_failure" in event]
+    finally:
+        redis.stop()
+
+
+@ensureDeferred
+async def test_with_refuse_they_are_refused_from_the_end_of_the_lease_until_redis_is_back(
+    tmp_path: Path,
+) -> None:
+    redis = Redis(tmp_path).start()
+    limit = shared.RedisLimit("x", 1, url=f"{redis.url}?ttl={TTL}&when_unreachable=refuse")
+    limiter = Limiter(limits=[limit], refusal=Say(b"come back later"))
+    try:
+        async with listening(limiter) as (_, where):
+            first = await connected(where)
+            first.transport.write(b"x")
+            await first.receives(b"x")
+            second = await connected(where)
+            await until(lambda: limiter.waiting == 1)
+            redis.stop()
+            await second.receives(b"come back later")
+            await second.is_closed()
+            assert monotonic() >= limit._ends
+            newcomer = await connected(where)
+            await newcomer.receives(b"come back later")
+            await newcomer.is_closed()
+            assert limiter.snapshot().refused["full"] == 2
+            await first.close()
+            redis.start(settle=False)
+            await until(lambda: not limit.refuses())
+            last = await connected(where)
+            last.transport.write(b"y")
+            await last.receives(b"y")
+            await last.close()
+        await patiently(limit.close())
+    finally:
+        redis.stop()
+
+
+@asynccontextmanager
+async def encrypted(redis: Redis, folder: Path) -> AsyncIterator[tuple[int, Path]]:
+    """
+    TLS before a Redis, by a certificate for localhost: the port, and the file with the certificate.
+    """
+    certificate = make_certificate(folder)
+    relay = RelayFactory(UNIXClientEndpoint(reactor, str(redis.socket)), "Redis")
+    endpoint = serverFromString(reactor, f"ssl:0:privateKey={certificate}:interface=127.0.0.1")
+    port = await endpoint.listen(relay)
+    try:
+        yield port.getHost().port, certificate
+    finally:
+        await port.stopListening()
+
+
+@ensureDeferred
+async def test_tls_is_used_with_a_certificate_that_can_be_trusted(redis: Redis, tmp_path: Path) -> None:
+    async with encrypted(redis, tmp_path) as (port, certificate):
+        url = f"rediss://localhost:{port}?ssl_ca_certs={certificate}&ttl={TTL}"
+        limit = shared.RedisLimit("encrypted", 2, url=url)
+        assert not limit.try_acquire(None)
+        await until(lambda: limit.held)
+        assert limit.try_acquire(None)
+        await until(lambda: limit._redis._hearing is not None and limit._redis._hearing.connected)
+        listed = await deferToThread(administer, url, "list")
+        assert "encrypted: 2 of its own setting held" in listed.stdout
+        limit.release(None)
+        await patiently(limit.close())
+
+
+@pytest.mark.parametrize(
+    ("host", "trusted", "words"),
+    [
+        ("localhost", False, "certificate verify failed"),
+        ("127.0.0.1", True, "its certificate is for another host"),
+    ],
+)
+@ensureDeferred
+async def test_tls_is_not_used_with_another_certificate(
+    redis: Redis, tmp_path: Path, host: str, trusted: bool, words: str
+) -> None:
+    async with encrypted(redis, tmp_path) as (port, certificate):
+        query = f"ttl={TTL}&ssl_ca_certs={certificate}" if trusted else f"ttl={TTL}"
+        limit = shared.RedisLimit("x", 2, url=f"rediss://{host}:{port}?{query}")
+        with Log() as log:
+            assert not limit.try_acquire(None)
+            await until(lambda: limit._question >= 3)
+        assert not limit.held
+        complaints = [text for text in log.texts() if text.startswith("limit ")]
+        assert complaints == [f"limit x: Redis at {host}:{port} cannot be used: {words}"]
+        await patiently(limit.close())
+
+
+class Service:
+    """
+    A primary, its replica, and two sentinels, the first of which is only a name.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        for each in ("primary", "replica", "sentinel"):
+            (folder / each).mkdir()
+        self.primary, self.replica, self.sentinel = (
+            Redis(folder / each, free_port()) for each in ("primary", "replica", "sentinel")
+        )
+        self.url = f"redis+sentinel://127.0.0.1:{free_port()},127.0.0.1:{self.sentinel.port}/cache"
+
+    def start(self) -> Service:
+        self.primary.start(False, "--repl-diskless-sync-delay", "0")
+        self.replica.start(False, "--replicaof", "127.0.0.1", str(self.primary.port))
+        while self.replica.info(b"master_link_status", b"replication") != b"up":
+            time.sleep(0.05)
+        configuration = self.sentinel.folder / "sentinel.conf"
+        configuration.write_text(
+            f"port {self.sentinel.port}\n"
+            f"unixsocket {self.sentinel.socket}\n"
+            f"dir {self.sentinel.folder}\n"
+            f"sentinel monitor cache 127.0.0.1 {self.primary.port} 1\n"
+            "sentinel down-after-milliseconds cache 500\n"
+            "sentinel failover-timeout cache 3000\n"
+        )
+        self.sentinel.process = subprocess.Popen(
+            [redis_program(), str(configuration), "--sentinel"], stdout=subprocess.DEVNULL
+        )
+        while int(self.replica.info(b"uptime_in_seconds")) < TTL or b"slaves=1" not in self.sentinel.info(
+            b"master0", b"sentinel"
+        ):
+            time.sleep(0.05)
+        return self
+
+    def stop(self) -> None:
+        for each in (self.primary, self.replica, self.sentinel):
+            each.stop()
+
+
+@pytest.mark.parametrize("how", ["killed", "demoted"])
+@ensureDeferred
+async def test_after_a_failover_the_limit_is_that_of_the_new_primary(how: str, tmp_path: Path) -> None:
+    service = Service(tmp_path).start()
+    try:
+        with Log() as log:
+            async with Members(service, 5, 2) as members:
+                members.want(0, 5)
+                await until(lambda: members.used() == [5, 0])
+                assert service.primary.ask(b"WAIT 1 5000") == b":1"
+                if how == "killed":
+                    service.primary.stop()
+                else:
+                    await until(lambda: service.sentinel.ask(b"SENTINEL FAILOVER cache") == b"+OK")
+                members.want(1, 3)
+                await until(lambda: service.replica.info(b"role", b"replication") == b"master")
+                await until(lambda: not any(limit._is_away for limit in members.limits))
+                assert members.used() == [5, 0]
+                members.limits[0].release(None)
+                members.limits[0].release(None)
+                await until(lambda: members.used() == [3, 2])
+                name = members.limits[0].name
+                listed = await deferToThread(administer, service.url, "list")
+                assert f"{name}: 5 of its own setting held" in listed.stdout
+        assert not [event for event in log.events if "log_failure" in event]
+    finally:
+        service.stop()
+
+
+@ensureDeferred
+async def test_sentinels_that_know_nothing_are_told_of_in_the_log(tmp_path: Path) -> None:
+    service = Service(tmp_path).start()
+    try:
+        url = service.url.replace("cache", "mail")
+        limit = shared.RedisLimit("x", 5, url=f"{url}?ttl={TTL}")
+        with Log() as log:
+            assert not limit.try_acquire(None)
+            await until(lambda: limit._question >= 3)
+            await patiently(limit.close())
+        (complaint,) = (text for text in log.texts() if "cannot be used" in text)
+        assert complaint.startswith("limit x: Redis at mail of 127.0.0.1:")
+        service.sentinel.stop()
+    finally:
+        service.stop()
+
+
+@ensureDeferred
+async def test_another_redis_gives_no_new_slots_before_all_have_said_what_they_hold(redis: Redis) -> None:
+    async with Members(redis, 5, 2) as members:
+        members.want(0, 2)
+        await until(lambda: members.used() == [2, 0])
+        # As if a replica had been promoted that has not heard of the other's slots.
+        connection = await patiently(txredisapi.UnixConnection(str(redis.socket), reconnect=False))
+        keys = members.limits[0]._keys
+        await patiently(connection.delete([keys[1], keys[2], keys[5]]))
+        await patiently(connection.set(keys[6], "another 1"))
+        began = monotonic()
+        members.want(1, 5)
+        await until(lambda: members.used() == [2, 3])
+        assert monotonic() - began >= TTL - 0.1
+        await patiently(connection.disconnect())
 
 
 @ensureDeferred
 async def test_a_redis_with_a_password_is_used_with_it(tmp_path: Path) -> None:
     redis = Redis(tmp_path)
     try:
-        redis.process = subprocess.Popen(
-            [redis_program(), *f"--port 0 --unixsocket {redis.socket} --requirepass secret".split()],
-            stdout=subprocess.DEVNULL,
-            cwd=tmp_path,
-        )
+        redis.start(False, "--requirepass", "secret")
         limit = shared.RedisLimit("x", 2, url=f"unix://:secret@{redis.socket}", ttl=TTL)
         assert not limit.try_acquire(None)
         await until(lambda: limit.held)
@@ -566,9 +924,9 @@ async def test_a_redis_with_a_password_is_used_with_it(tmp_path: Path) -> None:
         redis.stop()
 
 
-def administer(redis: Redis, *arguments: str) -> subprocess.CompletedProcess[str]:
+def administer(url: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "connlimit.shared_admin", "--url", redis.url, *arguments],
+        [sys.executable, "-m", "connlimit.shared_admin", "--url", url, *arguments],
         capture_output=True,
         text=True,
         timeout=PATIENCE,
@@ -583,13 +941,13 @@ async def test_limits_are_listed_set_and_reset(redis: Redis) -> None:
         await until(lambda: members.used() == [2, 0])
         members.want(1, 2)
         await until(lambda: members.used() == [2, 1])
-        listed = (await deferToThread(administer, redis, "list")).stdout
+        listed = (await deferToThread(administer, redis.url, "list")).stdout
         assert f"{name}: 3 of its own setting held" in listed
         assert "asks for more" in listed
-        assert (await deferToThread(administer, redis, "set", name, "4")).returncode == 0
+        assert (await deferToThread(administer, redis.url, "set", name, "4")).returncode == 0
         await until(lambda: members.used() == [2, 2])
-        assert f"{name}: 4 of 4 held" in (await deferToThread(administer, redis, "list")).stdout
-        assert (await deferToThread(administer, redis, "reset", name)).returncode == 0
+        assert f"{name}: 4 of 4 held" in (await deferToThread(administer, redis.url, "list")).stdout
+        assert (await deferToThread(administer, redis.url, "reset", name)).returncode == 0
         # Whoever has connections says so again.
         for limit in members.limits:
             limit._ask_soon(0)
@@ -601,7 +959,7 @@ def test_wrong_orders_get_one_sentence(redis: Redis, tmp_path: Path) -> None:
         (["set", "x", "many"], "N must be a whole number, 0 or more, not 'many'"),
         (["set", "x", "-1"], "N must be a whole number, 0 or more, not '-1'"),
     ):
-        done = administer(redis, *arguments)
+        done = administer(redis.url, *arguments)
         assert done.returncode == 2
         assert words in done.stderr.splitlines()[-1]
     done = subprocess.run(
@@ -611,7 +969,7 @@ def test_wrong_orders_get_one_sentence(redis: Redis, tmp_path: Path) -> None:
         timeout=PATIENCE,
     )
     assert done.returncode == 1
-    assert "does not answer" in done.stderr
+    assert "cannot be used" in done.stderr
     assert "Traceback" not in done.stderr
 
 
@@ -619,7 +977,7 @@ def lease(redis: Redis, keys: list[str], *arguments: object) -> tuple[int, int]:
     """
     What the script answers.
     """
-    words = [b"EVAL", shared._LEASE.encode(), b"6", *(key.encode() for key in keys)]
+    words = [b"EVAL", shared._LEASE.encode(), b"7", *(key.encode() for key in keys)]
     words += [str(argument).encode() for argument in arguments]
     command = b"*%d\r\n" % len(words) + b"".join(b"$%d\r\n%s\r\n" % (len(word), word) for word in words)
     with closing(socket.socket(socket.AF_UNIX)) as client:
@@ -652,7 +1010,7 @@ def test_the_script_does_what_the_model_does(
     while int(redis.info(b"uptime_in_seconds")) * 1000 < LONG:
         time.sleep(0.1)
     number = next(EXAMPLES)
-    keys = [f"test:{{{number}}}:{each}" for each in ("slots", "held", "alive", "asking", "turns", "last")]
+    keys = [f"test:{{{number}}}:{each}" for each in shared._KEYS]
     held, asking = [0, 0, 0], []
     for question, (member, in_use, spare, wanted) in enumerate(questions, 1):
         # A member has no more in use than it was given, and keeps what it uses and perhaps some more.

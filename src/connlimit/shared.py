@@ -22,22 +22,20 @@ from __future__ import annotations
 
 import os
 import random
-import time
 from collections.abc import Callable
+from time import monotonic
 from typing import Any
-from urllib.parse import parse_qs, unquote, urlsplit
 
-import attrs
-import txredisapi  # type: ignore[import-untyped]
-from twisted.application.internet import ClientService, backoffPolicy
-from twisted.internet.defer import Deferred, inlineCallbacks
-from twisted.internet.endpoints import HostnameEndpoint, UNIXClientEndpoint, wrapClientTLS
-from twisted.internet.interfaces import IDelayedCall, IStreamClientEndpoint
-from twisted.internet.protocol import Factory
+from twisted.internet.defer import Deferred
+from twisted.internet.interfaces import IDelayedCall
 from twisted.logger import Logger
 from zope.interface import implementer
 
-from connlimit.interfaces import IConnection, ILimit
+from connlimit._redis import Redis, describe
+from connlimit._redis_address import RedisAddress, url_parameters
+from connlimit.interfaces import IConnection, IRefusingLimit
+
+__all__ = ["RedisAddress", "RedisLimit", "set_slots"]
 
 #: The prefix of all keys.
 PREFIX = "connlimit"
@@ -51,10 +49,13 @@ _POLL = 1.0
 #: How many slots a busy process takes beyond those it needs, at most.
 _MOST_SPARE = 64
 
+_KEYS = ("slots", "held", "alive", "asking", "turns", "last", "server")
+
 # Leases as many slots as there are, of those that a member wants in all, and renews its lease.
 #
 # KEYS: slots (the limit), held (slots by member), alive (end of each lease in ms), asking (members in
-#   the order of their asking), turns (counts the askings), last (the number of each member's last question)
+#   the order of their asking), turns (counts the askings), last (the number of each member's last question),
+#   server (which Redis has answered, and since when it has all leases)
 # ARGV: member, ttl in ms, slots in use, slots kept in any case, slots wanted in all, the limit if none is
 #   set, channel, number of the question
 # Returns: slots held, how many others are asking.
@@ -85,8 +86,16 @@ local place = redis.call('ZSCORE', KEYS[4], member)
 local earlier = redis.call('ZCOUNT', KEYS[4], '-inf', place and '(' .. place or '+inf')
 
 local free = math.max(0, slots - others - earlier)
-local uptime = tonumber(string.match(redis.call('INFO', 'server'), 'uptime_in_seconds:(%d+)')) * 1000
-if uptime < ttl then free = math.min(free, before) end
+local info = redis.call('INFO', 'server')
+local server = string.match(info, 'run_id:(%w+)')
+local uptime = string.match(info, 'uptime_in_seconds:(%d+)') * 1000
+local known, since = string.match(redis.call('GET', KEYS[7]) or '', '(%w+) (%d+)')
+if known ~= server then
+  -- Another Redis has answered until now, and may have known more.
+  since = known and now or 0
+  redis.call('SET', KEYS[7], server .. ' ' .. since)
+end
+if uptime < ttl or now - since < ttl then free = math.min(free, before) end
 local held = math.max(kept, math.min(wanted, free))
 
 redis.call('ZADD', KEYS[3], now + ttl, member)
@@ -97,7 +106,7 @@ if not asks then
 elseif not place then
   redis.call('ZADD', KEYS[4], redis.call('INCR', KEYS[5]), member)
 end
-for at = 2, 6 do redis.call('PEXPIRE', KEYS[at], ttl * 10) end
+for at = 2, 7 do redis.call('PEXPIRE', KEYS[at], ttl * 10) end
 
 local asking = redis.call('ZCARD', KEYS[4]) - (asks and 1 or 0)
 if (asking > 0 and held < before) or (asks and not place) then redis.call('PUBLISH', ARGV[7], 'room') end
@@ -115,74 +124,7 @@ return 0
 """
 
 
-@attrs.frozen
-class RedisAddress:
-    """
-    Where a Redis is, and how it is asked.
-    """
-
-    host: str | None
-    port: int
-    path: str | None
-    database: int
-    username: str | None
-    password: str | None
-    tls: bool
-
-    @classmethod
-    def from_url(cls, url: str) -> RedisAddress:
-        """
-        The address that a URL describes: ``redis://[[USER]:PASSWORD@]HOST[:PORT][/DATABASE]``, ``rediss://…``
-        with TLS, or ``unix://[[USER]:PASSWORD@]/PATH[?db=DATABASE]``.
-
-        :raises ValueError: if it describes none.
-        """
-        wrong = ValueError(
-            "url must be that of a Redis, such as redis://localhost:6379/0 or unix:///run/redis.sock, "
-            f"not {url!r}"
-        )
-        try:
-            parts = urlsplit(url)
-            port = parts.port or 6379
-            if parts.scheme == "unix":
-                database = int(parse_qs(parts.query).get("db", ["0"])[0])
-            else:
-                database = int(parts.path.strip("/") or 0)
-        except ValueError:
-            raise wrong from None
-        if parts.scheme not in ("redis", "rediss", "unix") or database < 0:
-            raise wrong
-        if (parts.scheme == "unix") != (not parts.hostname) or (parts.scheme == "unix" and not parts.path):
-            raise wrong
-        return cls(
-            parts.hostname,
-            port,
-            parts.path if parts.scheme == "unix" else None,
-            database,
-            unquote(parts.username) if parts.username else None,
-            unquote(parts.password) if parts.password else None,
-            parts.scheme == "rediss",
-        )
-
-    def endpoint(self, reactor: Any) -> IStreamClientEndpoint:
-        """
-        The endpoint to connect to.
-        """
-        if self.path is not None:
-            return UNIXClientEndpoint(reactor, self.path, timeout=2)
-        tcp = HostnameEndpoint(reactor, str(self.host), self.port, timeout=2)
-        if not self.tls:
-            return tcp
-        from twisted.internet.ssl import optionsForClientTLS
-
-        secure: IStreamClientEndpoint = wrapClientTLS(optionsForClientTLS(str(self.host)), tcp)
-        return secure
-
-    def __str__(self) -> str:
-        return self.path or f"{self.host}:{self.port}"
-
-
-@implementer(ILimit)
+@implementer(IRefusingLimit)
 class RedisLimit:
     """
     So many slots for all processes that use a name.
@@ -200,38 +142,43 @@ class RedisLimit:
         slots: int,
         *,
         url: str,
-        ttl: float = 10.0,
-        when_unreachable: str = "hold",
+        ttl: float | None = None,
+        when_unreachable: str | None = None,
         reactor: Any = None,
     ) -> None:
         """
         :param name: what the processes have in common.
         :param slots: how many slots there are, unless `set_slots` has said otherwise.
         :param url: see `RedisAddress.from_url`.
-        :param ttl: seconds after which the slots of a process that is not heard of are everybody's again.
-        :param when_unreachable: ``hold``: what is leased can be used until the lease ends; or ``local=N``:
-            from then on N slots can be used in this process until Redis is back.
+        :param ttl: seconds after which the slots of a process that is not heard of are everybody's again; if
+            not given, what ``?ttl=`` of the URL says, or 10.
+        :param when_unreachable: what happens from the end of the lease on until Redis is back. ``hold``: all
+            wait; ``refuse``: who waits or comes is refused; ``local=N``: N slots can be used in this
+            process. If not given, what ``?when_unreachable=`` of the URL says, or ``hold``.
         :raises ValueError: for a wrong value.
         """
         if not isinstance(name, str) or not name:
             raise ValueError(f"name must be a text of at least one character, not {name!r}")
         if isinstance(slots, bool) or not isinstance(slots, int) or slots < 0:
             raise ValueError(f"slots must be a whole number, 0 or more, not {slots!r}")
-        if not 0.5 <= ttl <= 3600:
-            raise ValueError(f"ttl must be a number of seconds from 0.5 to 3600, not {ttl!r}")
-        self._local = _local_slots(when_unreachable)
         self.address = RedisAddress.from_url(url)
+        parameters = url_parameters(url)
+        self._ttl = _seconds(parameters.get("ttl", 10.0) if ttl is None else ttl)
+        self._refuses, self._local = _unreachable(
+            parameters.get("when_unreachable", "hold") if when_unreachable is None else when_unreachable
+        )
         if reactor is None:
             from twisted.internet import reactor
         self.name = name
         self.in_use = 0
         self.held = 0
         self._slots = slots
-        self._ttl = ttl
+        # Seconds in which Redis must answer.
+        self._patience = max(0.5, min(2.0, self._ttl / 3))
         self._reactor = reactor
         self._member = f"{os.uname().nodename}:{os.getpid()}:{random.getrandbits(32):08x}"
         base = f"{PREFIX}:{{{name}}}"
-        self._keys = [f"{base}:{each}" for each in ("slots", "held", "alive", "asking", "turns", "last")]
+        self._keys = [f"{base}:{each}" for each in _KEYS]
         self._channel = f"{base}:room"
         self._subscribers: list[Callable[[], None]] = []
         # When the lease ends, by the monotonic clock, which also runs while the process is stopped.
@@ -239,16 +186,18 @@ class RedisLimit:
         # Whether somebody here has been told that there is no slot, and whether that may be so elsewhere.
         self._short = False
         self._others_ask = False
-        # How many slots to take beyond those that are needed.
+        # How many slots to take beyond those that are needed, and how many were needed at once of late. Both
+        # shrink by and by, after this time.
         self._spare = 0
+        self._peak = 0
+        self._shrinks = 0.0
         self._question = 0
         self._asking = False
         self._ask_again = False
         self._timer: IDelayedCall | None = None
         self._is_away = False
         self._closed = False
-        self._redis: Any = None
-        self._listening: Any = None
+        self._redis = Redis(self.address, reactor, self._channel, self._notified)
 
     # ILimit
 
@@ -262,12 +211,12 @@ class RedisLimit:
         """
         See `ILimit.try_acquire`.
         """
-        if time.monotonic() < self._ends:
-            may = self.in_use < self.held
-        else:
-            may = self._is_away and self._local is not None and self.in_use < self._local
-        if may:
-            self.in_use += 1
+        in_use = self.in_use + 1
+        leased = monotonic() < self._ends
+        if in_use <= (self.held if leased else self._local if self._is_away else 0):
+            self.in_use = in_use
+            if in_use > self._peak:
+                self._peak = in_use
             self._short = False
             return True
         if not self._short:
@@ -284,6 +233,12 @@ class RedisLimit:
         self.in_use -= 1
         if self._others_ask:
             self._ask_soon(0)
+
+    def refuses(self) -> bool:
+        """
+        See `IRefusingLimit.refuses`.
+        """
+        return self._refuses and self._is_away and monotonic() >= self._ends
 
     # The lease
 
@@ -306,10 +261,10 @@ class RedisLimit:
         self._timer = None
         self._asking = True
         self._ask_again = False
-        if self._redis is None:
-            self._connect()
-        began = time.monotonic()
-        wanted = self.in_use + self._short + (0 if self._others_ask else self._spare)
+        began = monotonic()
+        wanted = self.in_use + self._short
+        if not self._others_ask:
+            wanted = max(wanted, self._peak) + self._spare
         if began >= self._ends:
             self.held = self.in_use
         # What is given back is given back from now on, not from the answer on.
@@ -325,8 +280,7 @@ class RedisLimit:
             self._channel,
             self._question,
         ]
-        asked: Deferred[Any] = self._redis.eval(_LEASE, self._keys, arguments)
-        asked.addTimeout(max(0.5, min(2.0, self._ttl / 3)), self._reactor)
+        asked = self._ask_redis(_LEASE, arguments, self._patience)
         asked.addCallback(_counts).addCallbacks(self._answered, self._unanswered, callbackArgs=(began,))
         asked.addErrback(lambda failure: self._log.failure("{limit} failed", failure, limit=self.name))
 
@@ -338,6 +292,7 @@ class RedisLimit:
         if self._is_away:
             self._is_away = False
             self._log.info("limit {name}: Redis at {address} is back", name=self.name, address=self.address)
+        self._redis.listen(self._patience)
         self.held = max(held, self.in_use)
         self._ends = began + self._ttl * _USED
         self._others_ask = others > 0
@@ -348,8 +303,11 @@ class RedisLimit:
                 self._short = False  # whoever lacked one has one, or went away
         if self._others_ask and self.in_use < self.held:
             self._ask_again = True
-        if not had_asked:
-            self._spare //= 2
+        if began >= self._shrinks:
+            self._shrinks = began + self._ttl / 3
+            if not had_asked:
+                self._spare //= 2
+            self._peak = (self._peak + self.in_use) // 2
         seconds = min(_POLL, self._ttl / 3) if self._short else self._ttl / 3
         self._ask_soon(0 if self._ask_again else seconds)
 
@@ -360,10 +318,10 @@ class RedisLimit:
         if not self._is_away:
             self._is_away = True
             self._log.error(
-                "limit {name}: Redis at {address} does not answer: {error}",
+                "limit {name}: Redis at {address} cannot be used: {why}",
                 name=self.name,
                 address=self.address,
-                error=failure.getErrorMessage() or failure.type.__name__,
+                why=describe(failure.value),
             )
         self._tell()
         # Not all at once, when it is back.
@@ -375,35 +333,21 @@ class RedisLimit:
 
     # Redis
 
-    def _connect(self) -> None:
-        where = self.address
-        settings = {
-            "dbid": where.database,
-            "password": where.password,
-            "reconnect": True,
-            "connectTimeout": 2,
-        }
-        if where.path is not None:
-            self._redis = txredisapi.lazyUnixConnection(where.path, **settings)
-        else:
-            self._redis = txredisapi.lazyConnection(
-                where.host, where.port, ssl_context_factory=where.tls, username=where.username, **settings
-            )
-        self._listening = ClientService(
-            where.endpoint(self._reactor),
-            _Notifications(self._channel, where, self._notified),
-            retryPolicy=backoffPolicy(initialDelay=0.1, maxDelay=1.0),
-            clock=self._reactor,
-        )
-        self._listening.startService()
+    def _ask_redis(self, script: str, arguments: list[object], patience: float) -> Deferred[Any]:
+        def too_late(result: object, seconds: float) -> object:
+            raise TimeoutError(f"no answer within {seconds:g} s")
+
+        asked = Deferred.fromCoroutine(self._redis.eval(script, self._keys, arguments))
+        return asked.addTimeout(patience, self._reactor, too_late)
 
     def _notified(self) -> None:
         """
-        Some process has given slots back, or lacks some.
+        Some process has given slots back, or lacks some, or may have, unheard.
         """
-        self._others_ask = True
         if self._short or self.held > self.in_use:
             self._ask_soon(0)
+        else:
+            self._others_ask = True
 
     def close(self) -> Deferred[None]:
         """
@@ -411,60 +355,25 @@ class RedisLimit:
 
         :return: fires when that is done, or impossible.
         """
-        return self._close()
+        return Deferred.fromCoroutine(self._close())
 
-    @inlineCallbacks
-    def _close(self) -> Any:
+    async def _close(self) -> None:
         self._closed = True
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
         self.held, self._ends = 0, -1.0
-        if self._redis is None:
-            return
-        yield self._listening.stopService()
-        try:
-            leaving = self._redis.eval(_LEAVE, self._keys, [self._member, 0, 0, 0, 0, 0, self._channel])
-            yield leaving.addTimeout(1, self._reactor)
-        except Exception as error:
-            self._log.info("shared limit {name}: not told to Redis: {error}", name=self.name, error=error)
-        yield self._redis.disconnect()
-
-
-class _Listener(txredisapi.SubscriberProtocol):
-    """
-    Hears of notifications.
-    """
-
-    @inlineCallbacks
-    def connectionMade(self) -> Any:
-        factory = self.factory
-        try:
-            if factory.address.password is not None:
-                yield self.auth(factory.address.password)
-            yield self.subscribe(factory.channel)
-        except Exception:
-            return  # Redis is asked once a second as well
-        factory.notified()
-
-    def messageReceived(self, pattern: Any, channel: Any, message: Any) -> None:
-        self.factory.notified()
-
-
-class _Notifications(Factory):
-    """
-    Builds what hears of notifications.
-    """
-
-    protocol = _Listener
-    noisy = False
-    charset = "utf-8"
-    convertNumbers = True
-
-    def __init__(self, channel: str, address: RedisAddress, notified: Callable[[], None]) -> None:
-        self.channel = channel
-        self.address = address
-        self.notified = notified
+        if self._question:
+            try:
+                await self._ask_redis(_LEAVE, [self._member, 0, 0, 0, 0, 0, self._channel], 1)
+            except Exception as error:
+                self._log.info(
+                    "limit {name}: Redis at {address} was not told of the end: {why}",
+                    name=self.name,
+                    address=self.address,
+                    why=describe(error),
+                )
+        self._redis.hang_up()
 
 
 def _counts(answer: Any) -> tuple[int, int]:
@@ -474,17 +383,30 @@ def _counts(answer: Any) -> tuple[int, int]:
     :raises ValueError: if it is something else.
     """
     if not isinstance(answer, list) or [type(each) for each in answer] != [int, int]:
-        raise ValueError(f"this is no Redis, it answers {answer!r}")
+        raise ValueError(f"this is no Redis, it answers {answer!r:.100}")
     return answer[0], answer[1]
 
 
-def _local_slots(text: str) -> int | None:
-    if text == "hold":
-        return None
+def _seconds(ttl: object) -> float:
+    try:
+        seconds = float(ttl)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        seconds = -1.0
+    if not 0.5 <= seconds <= 3600:
+        raise ValueError(f"ttl must be a number of seconds from 0.5 to 3600, not {ttl!r}")
+    return seconds
+
+
+def _unreachable(text: str) -> tuple[bool, int]:
+    """
+    Whether to refuse while Redis is unreachable, and how many slots to use then.
+    """
+    if text in ("hold", "refuse"):
+        return text == "refuse", 0
     key, _, count = text.partition("=") if isinstance(text, str) else ("", "", "")
     if key == "local" and count.isdecimal():
-        return int(count)
-    raise ValueError(f"when_unreachable must be hold or local=N, not {text!r}")
+        return False, int(count)
+    raise ValueError(f"when_unreachable must be hold, refuse or local=N, not {text!r}")
 
 
 def set_slots(redis: Any, name: str, slots: int) -> Deferred[Any]:

@@ -9,11 +9,12 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-import txredisapi  # type: ignore[import-untyped]
 from twisted.internet.defer import Deferred, ensureDeferred
 from twisted.internet.task import react
 
-from connlimit.shared import PREFIX, RedisAddress, set_slots
+from connlimit._redis import describe
+from connlimit._redis_address import RedisAddress
+from connlimit.shared import PREFIX, set_slots
 
 _TIMEOUT = 5  # seconds
 
@@ -46,19 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 async def _carry_out(reactor: Any, options: argparse.Namespace, address: RedisAddress) -> None:
-    settings = {"dbid": address.database, "password": address.password, "reconnect": False}
     try:
-        if address.path is not None:
-            connecting = txredisapi.UnixConnection(address.path, **settings)
-        else:
-            connecting = txredisapi.Connection(
-                address.host,
-                address.port,
-                ssl_context_factory=address.tls,
-                username=address.username,
-                **settings,
-            )
-        redis = await _soon(reactor, connecting)
+        redis = await _soon(reactor, Deferred.fromCoroutine(address.connector(reactor)()))
         if options.order == "list":
             for line in await _lines(reactor, redis):
                 print(line)
@@ -70,7 +60,7 @@ async def _carry_out(reactor: Any, options: argparse.Namespace, address: RedisAd
                 await _soon(reactor, redis.delete(*keys))
     except Exception as error:
         print(
-            f"connlimit-shared: Redis at {address} does not answer: {error or type(error).__name__}",
+            f"connlimit-shared: Redis at {address} cannot be used: {describe(error)}",
             file=sys.stderr,
         )
         raise SystemExit(1) from None

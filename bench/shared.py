@@ -1,0 +1,140 @@
+"""
+What a limit that processes share costs, beside one of the process's own.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from connlimit import Limiter
+from connlimit._inert import Inert
+from connlimit.limits import Total
+
+#: How many connections come and go at once in a process.
+_CROWD = 50
+
+
+def run(quick: bool) -> Iterator[str]:
+    """
+    Admissions a second by each limit, in one process and in four, and how many times the local one's.
+    """
+    program = shutil.which("redis-server")
+    if program is None:
+        yield "Shared limits: no redis-server is installed"
+        return
+    rounds, seconds = (3, 0.1) if quick else (15, 0.5)
+    yield "Admissions a second in each process while slots are free, by three kinds of limit"
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "redis.sock"
+        command = [program, "--port", "0", "--unixsocket", str(path), "--save", "", "--dir", folder]
+        redis = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+        try:
+            while not path.exists():
+                time.sleep(0.05)
+            time.sleep(1.1)  # a Redis that has just started gives no slots
+            for processes in (1, 4):
+                figures = measure(f"unix://{path}?ttl=1", processes, rounds, seconds)
+                medians = {kind: statistics.median(each) for kind, each in figures.items()}
+                asked, local = medians.pop("questions"), medians["local"]
+                yield f"  {processes} at once, {asked:.0f} questions to Redis a second from each"
+                for kind, median in medians.items():
+                    yield f"    {kind:16} {median:9.0f}  {median / local:5.2f} x"
+        finally:
+            redis.kill()
+            redis.wait()
+
+
+def measure(url: str, processes: int, rounds: int, seconds: float) -> dict[str, list[float]]:
+    """
+    Admissions a second of each process by each limit, turn and turn about, and questions by the shared one.
+    """
+    command = [sys.executable, "-m", "bench.shared", url, str(_CROWD * processes * 4)]
+    workers = [
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        for _ in range(processes)
+    ]
+    kinds = ("local", "max_connections", "shared")
+    figures: dict[str, list[float]] = {each: [] for each in (*kinds, "questions")}
+    try:
+        for _ in range(rounds):
+            for kind in kinds:
+                for worker in workers:
+                    assert worker.stdin is not None
+                    worker.stdin.write(f"{kind} {seconds}\n")
+                    worker.stdin.flush()
+                for worker in workers:
+                    assert worker.stdout is not None
+                    admitted, asked = json.loads(worker.stdout.readline())
+                    figures[kind].append(admitted)
+                    if kind == "shared":
+                        figures["questions"].append(asked)
+    finally:
+        for worker in workers:
+            worker.kill()
+            worker.communicate()
+    return figures
+
+
+def work(url: str, slots: int) -> None:
+    """
+    Be a process: for each line that is read, let crowds come and go for so long, and print what was counted.
+    """
+    from twisted.internet import reactor, stdio
+    from twisted.protocols.basic import LineReceiver
+
+    from connlimit.shared import RedisLimit
+
+    limit = RedisLimit("bench", slots, url=url)
+    limiters = {
+        "local": Limiter(limits=[Total(slots)]),
+        "max_connections": Limiter(slots),
+        "shared": Limiter(limits=[limit]),
+    }
+
+    class Orders(LineReceiver):
+        delimiter = b"\n"
+
+        def lineReceived(self, line: bytes) -> None:
+            kind, seconds = line.decode().split()
+            self.limiter = limiters[kind]
+            self.served, self.asked = 0, limit._question
+            self.began = time.perf_counter()
+            self.ends = self.began + float(seconds)
+            self.turn()
+
+        def turn(self) -> None:
+            limiter = self.limiter
+            for _ in range(4):
+                crowd = [Inert(None) for _ in range(_CROWD)]
+                for each in crowd:
+                    if not limiter.serve_at_once(each):
+                        limiter.wait(each)
+                for each in crowd:
+                    if each.slot is None:
+                        limiter.depart(each)
+                    else:
+                        self.served += 1
+                        limiter.finish(each)
+            now = time.perf_counter()
+            if now < self.ends:
+                reactor.callLater(0, self.turn)
+                return
+            took = now - self.began
+            asked: Any = limit._question - self.asked
+            self.sendLine(json.dumps([self.served / took, asked / took]).encode())
+
+    stdio.StandardIO(Orders())
+    reactor.run()
+
+
+if __name__ == "__main__":
+    work(sys.argv[1], int(sys.argv[2]))

@@ -1,0 +1,209 @@
+"""
+Connections to a Redis: one for questions, made when it is needed, and one that hears what is published.
+
+What txredisapi understands of the protocol is used here, not its pools. These stop for good when a
+password is refused, do not look at certificates, and keep whatever comes, however much it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import txredisapi  # type: ignore[import-untyped]
+from twisted.internet.defer import Deferred, DeferredLock
+from twisted.internet.interfaces import IStreamClientEndpoint
+from twisted.internet.protocol import Factory
+from twisted.python.failure import Failure
+
+#: How many bytes an answer can have.
+_LONGEST = 1 << 20
+
+
+class _Careful:
+    """
+    What both kinds of connection have in common: what is no Redis, or says too much, is cut off.
+    """
+
+    _received = 0
+    _why: Exception | None = None
+
+    def connectionMade(self) -> None:
+        """
+        Do nothing: `connect` sees to the password and the database.
+        """
+
+    def dataReceived(self, data: bytes, unpause: bool = False) -> None:
+        """
+        Read what comes, as long as it is an answer or a notification.
+        """
+        if not unpause:
+            self._received += len(data)
+        try:
+            super().dataReceived(data, unpause)  # type: ignore[misc]
+        except Exception:
+            self._cut("what it sends is not a Redis's")
+        if self._received > _LONGEST:
+            self._cut("its answer is too long")
+
+    def replyReceived(self, reply: Any) -> None:
+        """
+        Hand on an answer.
+        """
+        self._received = 0
+        super().replyReceived(reply)  # type: ignore[misc]
+        if self.replyQueue.pending:  # type: ignore[attr-defined]
+            self.replyQueue.pending.clear()  # type: ignore[attr-defined]
+            self._cut("it answers without being asked")
+
+    def _cut(self, why: str) -> None:
+        self._why = self._why or txredisapi.InvalidResponse(why)
+        self.transport.abortConnection()  # type: ignore[attr-defined]
+
+    def connectionLost(self, reason: Failure) -> None:
+        """
+        Tell those who wait for an answer why there is none.
+        """
+        waiting = self.replyQueue.waiting  # type: ignore[attr-defined]
+        while waiting:
+            self.replyQueue.put(self._why or reason.value)  # type: ignore[attr-defined]
+        super().connectionLost(reason)  # type: ignore[misc]
+
+
+class Asking(_Careful, txredisapi.RedisProtocol):
+    """
+    A connection for questions.
+    """
+
+
+class Hearing(_Careful, txredisapi.SubscriberProtocol):
+    """
+    A connection that hears what is published.
+
+    :ivar heard: is called without arguments for each notification.
+    """
+
+    heard: Callable[[], None]
+
+    def messageReceived(self, pattern: object, channel: object, message: object) -> None:
+        """
+        Hear of a notification.
+        """
+        self._received = 0
+        self.heard()
+
+
+async def connect(
+    endpoint: IStreamClientEndpoint,
+    protocol: Callable[[], Any] = Asking,
+    *,
+    username: str | None = None,
+    password: str | None = None,
+    database: int | None = None,
+) -> Any:
+    """
+    A new connection to the Redis at an endpoint.
+
+    :param protocol: `Asking` or `Hearing`.
+    :param database: the number of the database; None for something that has none.
+    :raises Exception: if it cannot be reached, or refuses the password or the database.
+    """
+    connection: Any = await endpoint.connect(Factory.forProtocol(protocol))
+    try:
+        if password is not None:
+            await connection.execute_command("AUTH", *(each for each in (username, password) if each))
+        if database is not None:
+            await connection.execute_command("SELECT", database)
+    except BaseException:
+        connection.transport.abortConnection()
+        raise
+    return connection
+
+
+class Redis:
+    """
+    A Redis that is asked, and heard, over connections that are made anew after each failure.
+    """
+
+    def __init__(self, address: Any, reactor: Any, channel: str, heard: Callable[[], None]) -> None:
+        """
+        :param address: a `RedisAddress`.
+        :param channel: the name of the channel to hear.
+        :param heard: is called for each notification on it, and when some may have been missed.
+        :raises ValueError: if it cannot be connected to as the address says.
+        """
+        self._connect = address.connector(reactor)
+        self._reactor = reactor
+        self._channel = channel
+        self._heard = heard
+        self._lock = DeferredLock()
+        self._asking: Any = None
+        self._hearing: Any = None
+        self._subscribing: Deferred[None] | None = None
+
+    async def eval(self, script: str, keys: Sequence[str], arguments: Sequence[object]) -> Any:
+        """
+        What a script returns. Questions are answered in the order in which they are asked.
+
+        A failure, or cancellation, ends both connections: the next question begins anew.
+
+        :raises Exception: if there is no answer, or it is an error.
+        """
+        try:
+            await self._lock.acquire()
+            try:
+                if self._asking is None or not self._asking.connected:
+                    self._asking = await self._connect(Asking)
+                answer = self._asking.eval(script, keys, arguments)
+            finally:
+                self._lock.release()
+            return await answer
+        except BaseException:
+            self.hang_up()
+            raise
+
+    def listen(self, timeout: float) -> None:
+        """
+        Hear the channel from now on, if that is not so already.
+        """
+        if self._subscribing is None and (self._hearing is None or not self._hearing.connected):
+            self._subscribing = Deferred.fromCoroutine(self._subscribe()).addTimeout(timeout, self._reactor)
+            self._subscribing.addBoth(self._subscribed)
+
+    async def _subscribe(self) -> None:
+        self._hearing = None
+        self._hearing = await self._connect(Hearing)
+        self._hearing.heard = self._heard
+        await self._hearing.subscribe(self._channel)
+        self._heard()
+
+    def _subscribed(self, result: object) -> None:
+        # A failure is no more than a delay: whoever lacks something asks again and again.
+        self._subscribing = None
+        if isinstance(result, Failure) and self._hearing is not None:
+            self._hearing.transport.abortConnection()
+
+    def hang_up(self) -> None:
+        """
+        End the connections, at once.
+        """
+        if self._subscribing is not None:
+            self._subscribing.cancel()
+        for connection in (self._asking, self._hearing):
+            if connection is not None:
+                connection.transport.abortConnection()
+        self._asking = self._hearing = None
+
+
+def describe(error: BaseException) -> str:
+    """
+    What went wrong, in some words and one line.
+    """
+    words: Any = error.args[0] if error.args else ""
+    if type(error).__module__.startswith("OpenSSL") and isinstance(words, list):
+        text = ", ".join(each[-1] for each in words)
+    elif type(error).__name__ == "VerificationError":
+        text = "its certificate is for another host"
+    else:
+        text = " ".join(str(error).split())
+    return text[:200] or type(error).__name__
