@@ -16,14 +16,17 @@ from twisted.internet.interfaces import IStreamClientEndpoint
 from twisted.internet.protocol import Factory
 from twisted.python.failure import Failure
 
-#: How many bytes an answer can have.
-_LONGEST = 1 << 20
+#: How many bytes an answer can have, unless more are expected.
+LONGEST = 1 << 20
 
 
 class _Careful:
     """
     What both kinds of connection have in common: what is no Redis, or says too much, is cut off.
     """
+
+    #: How many bytes an answer can have.
+    longest = LONGEST
 
     _received = 0
     _why: Exception | None = None
@@ -43,7 +46,7 @@ class _Careful:
             super().dataReceived(data, unpause)  # type: ignore[misc]
         except Exception:
             self._cut("what it sends is not a Redis's")
-        if self._received > _LONGEST:
+        if self._received > self.longest:
             self._cut("its answer is too long")
 
     def replyReceived(self, reply: Any) -> None:
@@ -125,13 +128,17 @@ class Redis:
     A Redis that is asked, and heard, over connections that are made anew after each failure.
     """
 
-    def __init__(self, address: Any, reactor: Any, channel: str, heard: Callable[[], None]) -> None:
+    def __init__(
+        self, address: Any, reactor: Any, channel: str, heard: Callable[[], None], longest: int = LONGEST
+    ) -> None:
         """
         :param address: a `RedisAddress`.
         :param channel: the name of the channel to hear.
         :param heard: is called for each notification on it, and when some may have been missed.
+        :param longest: how many bytes an answer can have.
         :raises ValueError: if it cannot be connected to as the address says.
         """
+        self._longest = longest
         self._connect = address.connector(reactor)
         self._reactor = reactor
         self._channel = channel
@@ -154,6 +161,7 @@ class Redis:
             try:
                 if self._asking is None or not self._asking.connected:
                     self._asking = await self._connect(Asking)
+                    self._asking.longest = self._longest
                 answer = self._asking.eval(script, keys, arguments)
             finally:
                 self._lock.release()
