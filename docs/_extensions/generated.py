@@ -10,11 +10,13 @@ from pathlib import Path
 from docutils import nodes
 from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
+from twisted.python import usage
 
 from connlimit import Limiter
 from connlimit._settings import FIELDS
 from connlimit._tap import Options
 from connlimit.metrics import LimiterCollector
+from connlimit.semaphores._tap import Options as SemaphoresOptions
 from connlimit.status._watch import Watch
 
 
@@ -37,12 +39,22 @@ class SettingsDirective(SphinxDirective):
 
 class OptionsDirective(SphinxDirective):
     """
-    What ``twistd connlimit --help`` says before it lists the plugins.
+    What ``--help`` says of a program, before it lists other plugins.
     """
 
+    parser: type[usage.Options] = Options
+
     def run(self) -> list[nodes.Node]:
-        usage = Options().getUsage(80).split("Commands:")[0].rstrip()
-        return [nodes.literal_block(usage, usage, language="text")]
+        text = self.parser().getUsage(80).split("Commands:")[0].rstrip()
+        return [nodes.literal_block(text, text, language="text")]
+
+
+class SemaphoresOptionsDirective(OptionsDirective):
+    """
+    The same of ``twistd connlimit-semaphores``.
+    """
+
+    parser = SemaphoresOptions
 
 
 class ConformanceDirective(SphinxDirective):
@@ -87,6 +99,7 @@ def setup(app: Sphinx) -> dict[str, bool]:
     """
     app.add_directive("limiter-settings", SettingsDirective)
     app.add_directive("command-line-options", OptionsDirective)
+    app.add_directive("semaphores-options", SemaphoresOptionsDirective)
     app.add_directive("conformance-table", ConformanceDirective)
     app.add_directive("metrics-table", MetricsDirective)
     return {"parallel_read_safe": True}
