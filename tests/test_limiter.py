@@ -591,7 +591,7 @@ class FurtherLimitTests(LimiterTestCase):
         limiter = self.limited(2, limits=[Broken()])
         self.connect()
         self.assert_counts(active=0, waiting=1)
-        self.assertEqual(limiter._total.in_use, 0)
+        self.assertEqual(limiter.active, 0)
         self.assertTrue(self.flushLoggedErrors(ZeroDivisionError))
 
     def test_a_limit_that_raises_on_release_is_logged_and_the_others_are_released(self) -> None:

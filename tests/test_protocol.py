@@ -365,7 +365,7 @@ class ForwardingTests(LimiterTestCase):
         self.assertEqual(client.logstr, "RecordingProtocol,7,127.0.0.1")
 
     def test_a_protocol_without_a_log_prefix_is_called_by_its_class(self) -> None:
-        connection = DelegatingProtocol(None, None)
+        connection = DelegatingProtocol()
         connection.wrappedProtocol = 5
         self.assertEqual(connection.logPrefix(), "int")
 

@@ -16,11 +16,11 @@ from twisted.internet.interfaces import (
     IProtocolNegotiationFactory,
 )
 from twisted.logger import Logger
-from zope.interface import alsoProvides, implementer
+from zope.interface import alsoProvides, implementer, providedBy
 
 from connlimit import _refusing
 from connlimit._limiter import Limiter
-from connlimit._protocol import DelegatingProtocol, WaitingProtocol
+from connlimit._protocol import DelegatingProtocol, WaitingProtocol, class_for
 
 
 @implementer(IProtocolFactory, ILoggingContext)
@@ -47,6 +47,8 @@ class LimitingFactory:
             raise TypeError(f"limiter must be a Limiter, not {limiter!r}")
         self.wrappedFactory = wrappedFactory
         self.limiter = limiter
+        self._last_provided: object = None
+        self._last_class: type[DelegatingProtocol] = DelegatingProtocol
         self._ports = 0
         # If that has not been imported yet, there is no such factory.
         tls = sys.modules.get("twisted.protocols.tls")
@@ -91,16 +93,27 @@ class LimitingFactory:
         The protocol of a new connection: the real one if there is room, one that waits if there is
         a place in the line, or None.
         """
-        connection = DelegatingProtocol(self, address)
+        connection = DelegatingProtocol()
+        connection.factory = self
+        connection.address = address
         limiter = self.limiter
         # Whose a UNIX socket is shows when there is a transport.
         late = address.__class__ is UNIXAddress and limiter.needs_peers
         if not late and limiter.serve_at_once(connection):
-            protocol = self.build_real_protocol(address)
+            try:
+                protocol = self.wrappedFactory.buildProtocol(address)
+            except Exception:
+                self._log.failure("{factory} failed to build a protocol", factory=self.wrappedFactory)
+                protocol = None
             if protocol is None:
                 limiter.finish(connection)
                 return None
-            connection.delegate_to(protocol)
+            connection.wrappedProtocol = protocol
+            provided = providedBy(protocol)
+            if provided is not self._last_provided:
+                self._last_provided, self._last_class = provided, class_for(provided)
+            if self._last_class is not DelegatingProtocol:
+                connection.become(self._last_class)
             return connection
         reason = None if late else limiter.may_wait(connection)
         if reason is None:
@@ -122,13 +135,3 @@ class LimitingFactory:
         from twisted.protocols.tls import TLSMemoryBIOProtocol
 
         return TLSMemoryBIOProtocol(self.wrappedFactory, protocol)
-
-    def build_real_protocol(self, address: IAddress) -> IProtocol | None:
-        """
-        What the wrapped factory builds; None also if it raises, which is logged.
-        """
-        try:
-            return self.wrappedFactory.buildProtocol(address)
-        except Exception:
-            self._log.failure("{factory} failed to build a protocol", factory=self.wrappedFactory)
-            return None

@@ -72,7 +72,7 @@ from connlimit.interfaces import (
     IPort,
     IRefusingLimit,
 )
-from connlimit.limits import All, PerKey, Rate, Total
+from connlimit.limits import All, PerKey, Rate
 from connlimit.refusals import DESCRIPTORS, DRAINING, FULL, PEER, REASONS, TIMEOUT
 
 _AUDIT_INTERVAL = 1.0  # seconds
@@ -172,7 +172,7 @@ class Limiter:
         """
         self.settings = Settings().evolve({"max_connections": max_connections, **settings})
         self._clock = _checked_clock(clock) if clock is not None else None
-        self._total = Total(None)
+        self._most = math.inf
         self._peers: PerKey | None = None
         self._rate: Rate | None = None
         self.limits = tuple(limits)
@@ -182,6 +182,7 @@ class Limiter:
 
         # The address of each connection that holds a slot, by a weak reference to it.
         self._active: dict[ref[IConnection], IAddress] = {}
+        self._on_collection = self._collect  # bound once
         # Those of them that are exempt and take none of the limits.
         self._exempt: set[ref[IConnection]] = set()
         # References whose connections are no more. The collector can come at any instant, so it only
@@ -367,7 +368,7 @@ class Limiter:
         """
         settings = self.settings
         dry = settings.dry_run
-        self._total.slots = None if dry else settings.max_connections
+        self._most = math.inf if dry or settings.max_connections is None else settings.max_connections
         if settings.max_per_peer is None or dry:
             self._peers = None
         else:
@@ -381,14 +382,7 @@ class Limiter:
             self._rate.subscribe(self._serve_waiting)
         # The rate comes last: what it has given, nobody can give back.
         limits = [each for each in (self._peers, *self.limits, self._rate) if each is not None]
-        # Who has no limit in all needs no count, so it is made when there is one again.
-        self._total.in_use = len(self._active) - len(self._exempt)
-        if self._total.slots is not None or not limits:
-            limits.insert(0, self._total)
-        limit = All(limits) if limits != [self._total] else self._total
-        # Bound once: a served connection costs one call for all limits together.
-        self._try_acquire = limit.try_acquire
-        self._release = limit.release
+        self._further = All(limits) if limits else None
         self._keyed = tuple(each for each in limits if IKeyedLimit.providedBy(each))
 
     def _refill_line(self, arrivals: list[tuple[IConnection, float]]) -> None:
@@ -449,7 +443,7 @@ class Limiter:
         """
         Whether a newcomer would be served at once, as far as that does not depend on its peer.
         """
-        return not (self._order or self._line.returned or self._draining) and self._total.has_room()
+        return not (self._order or self._line.returned or self._draining) and self._has_slot()
 
     def has_place(self) -> bool:
         """
@@ -485,10 +479,16 @@ class Limiter:
             self._reclaim_collected()
         if self._is_exempt is not None and self._serve_exempt(connection):
             return True
-        if self._order or self._line.returned or self._draining or not self._try_acquire(connection):
+        if (
+            len(self._active) - len(self._exempt) >= self._most
+            or self._order
+            or self._line.returned
+            or self._draining
+            or (self._further is not None and not self._further.try_acquire(connection))
+        ):
             return False
         self._accepted += 1
-        connection.slot = slot = ref(connection, self._collect)
+        connection.slot = slot = ref(connection, self._on_collection)
         self._active[slot] = connection.address
         if self._observers:
             self._tell("served", connection, 0.0)
@@ -550,7 +550,8 @@ class Limiter:
             self._exempt.discard(slot)
         else:
             self._finished += 1
-            self._release(connection)
+            if self._further is not None:
+                self._further.release(connection)
         if self._observers:
             self._tell("finished", connection)
         if self._line.outside:
@@ -591,6 +592,12 @@ class Limiter:
 
     # How it is done
 
+    def _has_slot(self) -> bool:
+        """
+        Whether there is a slot of those that ``max_connections`` gives; they are as many as are active.
+        """
+        return len(self._active) - len(self._exempt) < self._most
+
     def _serve_exempt(self, connection: IConnection) -> bool:
         """
         Serve the connection without a slot, if it is exempt.
@@ -601,7 +608,7 @@ class Limiter:
         except Exception:
             self._log.failure("{exempt} failed to tell who is exempt; nobody is", exempt=self._is_exempt)
             return False
-        connection.slot = slot = ref(connection, self._collect)
+        connection.slot = slot = ref(connection, self._on_collection)
         self._active[slot] = connection.address
         self._exempt.add(slot)
         self._exempted += 1
@@ -700,16 +707,16 @@ class Limiter:
         In a frame of its own: a traceback from below, if somebody keeps it, keeps the connection that
         failed and not one that was served later.
         """
-        if not self._total.has_room():
+        if not self._has_slot():
             return False
         connection = self._line.next(self.clock.seconds())
         assert connection is not None  # somebody is in the order or has returned
-        if not self._try_acquire(connection):
+        if self._further is not None and not self._further.try_acquire(connection):
             return self._let_others_pass(connection)
         waited = self._leave_line(connection)
         self._waits += 1
         self._wait_seconds += waited
-        connection.slot = slot = ref(connection, self._collect)
+        connection.slot = slot = ref(connection, self._on_collection)
         self._active[slot] = connection.address
         if self._observers:
             self._tell("served", connection, waited)

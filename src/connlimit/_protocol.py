@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 from twisted.internet.address import UNIXAddress
 from twisted.internet.interfaces import (
-    IAddress,
     IFileDescriptorReceiver,
     IHalfCloseableProtocol,
     IHandshakeListener,
@@ -17,11 +16,11 @@ from twisted.internet.interfaces import (
     IProtocol,
     ISSLTransport,
 )
-from twisted.internet.protocol import connectionDone
+from twisted.internet.protocol import Protocol, connectionDone
 from twisted.logger import Logger
 from twisted.protocols.policies import ProtocolWrapper
 from twisted.python.failure import Failure
-from zope.interface import classImplements, implementer, providedBy
+from zope.interface import implementer, providedBy
 
 from connlimit import _departures, _sockets
 from connlimit._peers import UNIXPeer
@@ -33,20 +32,34 @@ if TYPE_CHECKING:
 
 _GRACE = 5.0  # seconds
 
+_set_class = object.__dict__["__class__"].__set__
 
-@implementer(IConnection)
-class DelegatingProtocol(ProtocolWrapper):
+
+class _AddressOfTransport:
+    """
+    The address of a connection that keeps none itself, as it waits and its transport has it, too.
+    """
+
+    def __get__(self, connection: Any, owner: type) -> Any:
+        return connection.transport.getPeer()
+
+
+@implementer(IConnection, IProtocol, ILoggingContext)
+class DelegatingProtocol:  # type: ignore[misc]  # connectionMade is for makeConnection to call
     """
     What Twisted takes for the protocol of a connection; hands every event on to its delegate.
 
     The delegate, ``wrappedProtocol``, is either the real protocol or the `WaitingProtocol` that holds
-    its place. It gets the real transport, not this object. The class is a ``ProtocolWrapper``
-    because protocols that take a connection over look for that, and set its ``wrappedProtocol``.
+    its place. It gets the real transport, not this object.
 
     Per event it costs one call. The delegate's method is looked up each time, since real protocols
     replace their own methods while they run.
 
-    :ivar factory: the factory that made it.
+    Protocols that take a connection over look whether they find a ``ProtocolWrapper``, and set its
+    ``wrappedProtocol``. So this says that it is one, and is none: by its ``__getattr__``, which is of no use
+    here, each of the attributes that an event needs would take several times as long to find.
+
+    :ivar factory: the factory that made it, and has set this and the address.
     :ivar address: the client's address.
     :ivar slot: set by the limiter while the connection is active.
     :ivar closing: whether the limiter has had it closed.
@@ -54,32 +67,34 @@ class DelegatingProtocol(ProtocolWrapper):
 
     _log = Logger()
     factory: LimitingFactory
+    address: Any = _AddressOfTransport()
     # Any: what these two provide depends on the transport and on the delegate.
-    transport: Any
-    wrappedProtocol: Any
+    transport: Any = None
+    wrappedProtocol: Any = None
 
+    connected = 0
     slot: Any = None
     closing = False
     _outer_connection_lost: Any = None
 
-    def __init__(self, factory: LimitingFactory, address: IAddress) -> None:
-        self.factory = factory
-        self.address = address
+    def become(self, cls: type[DelegatingProtocol]) -> None:
+        """
+        Be of this class from now on.
+        """
+        _set_class(self, cls)
 
-    def __getattr__(self, name: str) -> Any:
-        # While it waits the address is left to the transport, which has it, too.
-        if name == "address" and self.transport is not None:
-            return self.transport.getPeer()
-        return super().__getattr__(name)
+    __class__ = property(lambda self: ProtocolWrapper, become)
 
     def logPrefix(self) -> str:
         """
         The log prefix that the delegate would have without us.
         """
-        delegate: object = self.wrappedProtocol
-        if ILoggingContext.providedBy(delegate):
-            return delegate.logPrefix()
-        return delegate.__class__.__name__
+        delegate: Any = self.wrappedProtocol
+        if isinstance(delegate, Protocol) or ILoggingContext.providedBy(delegate):
+            prefix: str = delegate.logPrefix()
+            return prefix
+        name: str = delegate.__class__.__name__
+        return name
 
     # Events, in the order of a connection's life
 
@@ -88,17 +103,18 @@ class DelegatingProtocol(ProtocolWrapper):
         Let the protocol have all further events, and provide what it provides.
         """
         self.wrappedProtocol = protocol
-        cls = _class_for(providedBy(protocol))
-        if cls is not self.__class__:
-            self.__class__ = cls
+        self.become(class_for(providedBy(protocol)))
 
     def makeConnection(self, transport: Any) -> None:
         self.transport = transport
         self.connected = 1
         # Another protocol may take the transport over, and all its events; so the end is learnt from
         # the transport itself. Set on the instance and not wrapped around it: this is the real one.
-        if "connectionLost" in transport.__dict__:
-            self._outer_connection_lost = transport.connectionLost
+        try:
+            if transport.connectionLost.__self__ is not transport:
+                self._outer_connection_lost = transport.connectionLost
+        except AttributeError:
+            self._outer_connection_lost = getattr(transport, "connectionLost", None)
         transport.connectionLost = self._transport_lost
         self.wrappedProtocol.makeConnection(transport)
 
@@ -116,10 +132,13 @@ class DelegatingProtocol(ProtocolWrapper):
         """
         Be the ``connectionLost`` of our transport: it is over, whoever has its events.
         """
-        transport = self.transport
-        transport.__dict__.pop("connectionLost", None)
         try:
-            (self._outer_connection_lost or transport.connectionLost)(*reason)
+            if self._outer_connection_lost is not None:
+                self._outer_connection_lost(*reason)
+            else:
+                transport = self.transport
+                del transport.connectionLost
+                transport.connectionLost(*reason)
         finally:
             if self.connected:
                 self.connected = 0
@@ -138,7 +157,7 @@ class DelegatingProtocol(ProtocolWrapper):
         waiting: WaitingProtocol = self.wrappedProtocol
         waiting.stop_watching()
         try:
-            protocol: Any = self.factory.build_real_protocol(self.address)
+            protocol: Any = self.factory.wrappedFactory.buildProtocol(self.address)
             if not self._put_in_place(protocol):
                 return
             self._take_log_prefix()
@@ -351,7 +370,7 @@ _forwarding = {
 
 
 @lru_cache(maxsize=1024)
-def _class_for(provided: Any) -> type[DelegatingProtocol]:
+def class_for(provided: Any) -> type[DelegatingProtocol]:
     """
     The class for connections whose delegate provides the interfaces.
 
@@ -364,7 +383,4 @@ def _class_for(provided: Any) -> type[DelegatingProtocol]:
 def _combined(classes: tuple[type[DelegatingProtocol], ...]) -> type[DelegatingProtocol]:
     if not classes:
         return DelegatingProtocol
-    combined = type("DelegatingProtocol", classes, {"__doc__": DelegatingProtocol.__doc__})
-    # With a declaration of its own; without, zope.interface would go on to ask __getattr__, the transport.
-    classImplements(combined, IConnection)  # type: ignore[misc]
-    return combined
+    return type("DelegatingProtocol", classes, {"__doc__": DelegatingProtocol.__doc__})
