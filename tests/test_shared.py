@@ -207,6 +207,40 @@ async def test_nobody_sits_on_free_slots_while_another_waits(redis: Redis) -> No
 
 
 @ensureDeferred
+async def test_a_long_line_in_one_process_does_not_keep_slots_from_another(redis: Redis) -> None:
+    async with Members(redis, 2, 2) as members:
+        members.want(0, 50)
+        await until(lambda: members.used() == [2, 0])
+        for _ in range(3):
+            members.want(1)
+            await until(lambda: members.limits[0]._others_ask)
+            # The first may have asked earlier, for those who wait there; then it is the other's turn.
+            for _ in range(2):
+                if members.used() == [2, 0]:
+                    members.limits[0].release(None)
+                    members.serve(0)
+                    await until(lambda: sum(members.used()) == 2)
+            assert members.used() == [1, 1]
+            members.limits[1].release(None)
+            await until(lambda: members.used() == [2, 0])
+
+
+@ensureDeferred
+async def test_what_is_free_of_a_limit_that_was_cut_is_given_back(redis: Redis) -> None:
+    async with Members(redis, 20, 1) as members:
+        limit = members.limits[0]
+        members.want(0, 10)
+        await until(lambda: members.used() == [10])
+        for _ in range(8):
+            limit.release(None)
+        assert limit.held >= 10
+        connection = await patiently(txredisapi.UnixConnection(str(redis.socket), reconnect=False))
+        await patiently(shared.set_slots(connection, limit.name, 3))
+        await until(lambda: limit.held <= 3)
+        await patiently(connection.disconnect())
+
+
+@ensureDeferred
 async def test_a_busy_process_asks_rarely_and_an_idle_one_keeps_nothing(redis: Redis) -> None:
     async with Members(redis, 200, 1) as members:
         limit = members.limits[0]

@@ -83,17 +83,17 @@ class Hearing(_Careful, txredisapi.SubscriberProtocol):
     """
     A connection that hears what is published.
 
-    :ivar heard: is called without arguments for each notification.
+    :ivar heard: is called with each notification.
     """
 
-    heard: Callable[[], None]
+    heard: Callable[[str], None]
 
     def messageReceived(self, pattern: object, channel: object, message: object) -> None:
         """
         Hear of a notification.
         """
         self._received = 0
-        self.heard()
+        self.heard(str(message))
 
 
 async def connect(
@@ -129,12 +129,13 @@ class Redis:
     """
 
     def __init__(
-        self, address: Any, reactor: Any, channel: str, heard: Callable[[], None], longest: int = LONGEST
+        self, address: Any, reactor: Any, channel: str, heard: Callable[[str], None], longest: int = LONGEST
     ) -> None:
         """
         :param address: a `RedisAddress`.
         :param channel: the name of the channel to hear.
-        :param heard: is called for each notification on it, and when some may have been missed.
+        :param heard: is called with each notification on it, and with an empty one if some may have been
+            missed.
         :param longest: how many bytes an answer can have.
         :raises ValueError: if it cannot be connected to as the address says.
         """
@@ -183,7 +184,7 @@ class Redis:
         self._hearing = await self._connect(Hearing)
         self._hearing.heard = self._heard
         await self._hearing.subscribe(self._channel)
-        self._heard()
+        self._heard("")
 
     def _subscribed(self, result: object) -> None:
         # A failure is no more than a delay: whoever lacks something asks again and again.

@@ -58,7 +58,8 @@ _KEYS = ("slots", "held", "alive", "asking", "turns", "last", "server")
 #   server (which Redis has answered, and since when it has all leases)
 # ARGV: member, ttl in ms, slots in use, slots kept in any case, slots wanted in all, the limit if none is
 #   set, channel, number of the question
-# Returns: slots held, how many others are asking.
+# Returns: slots held, how many others are asking; at least 1 if more are held than there are, so that what
+#   is not in use is given back.
 _LEASE = """
 local member, ttl, in_use = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3])
 local kept, wanted = tonumber(ARGV[4]), tonumber(ARGV[5])
@@ -109,8 +110,8 @@ end
 for at = 2, 7 do redis.call('PEXPIRE', KEYS[at], ttl * 10) end
 
 local asking = redis.call('ZCARD', KEYS[4]) - (asks and 1 or 0)
-if (asking > 0 and held < before) or (asks and not place) then redis.call('PUBLISH', ARGV[7], 'room') end
-return {held, asking}
+if (asking > 0 and held < before) or (asks and not place) then redis.call('PUBLISH', ARGV[7], member) end
+return {held, math.max(asking, others + held > slots and 1 or 0)}
 """
 
 # Gives everything back that a member has, because it ends. KEYS and ARGV as above, as far as they matter.
@@ -119,7 +120,7 @@ redis.call('HDEL', KEYS[2], ARGV[1])
 redis.call('ZREM', KEYS[3], ARGV[1])
 redis.call('ZREM', KEYS[4], ARGV[1])
 redis.call('HDEL', KEYS[6], ARGV[1])
-redis.call('PUBLISH', ARGV[7], 'room')
+redis.call('PUBLISH', ARGV[7], ARGV[1])
 return 0
 """
 
@@ -232,6 +233,8 @@ class RedisLimit:
         """
         self.in_use -= 1
         if self._others_ask:
+            # Whose turn it is, Redis knows.
+            self.held = max(self.in_use, self.held - 1)
             self._ask_soon(0)
 
     def refuses(self) -> bool:
@@ -340,11 +343,13 @@ class RedisLimit:
         asked = Deferred.fromCoroutine(self._redis.eval(script, self._keys, arguments))
         return asked.addTimeout(patience, self._reactor, too_late)
 
-    def _notified(self) -> None:
+    def _notified(self, who: str) -> None:
         """
         Some process has given slots back, or lacks some, or may have, unheard.
         """
-        if self._short or self.held > self.in_use:
+        if who == self._member:
+            return
+        if self._short or self.held > self.in_use or not who:
             self._ask_soon(0)
         else:
             self._others_ask = True
