@@ -74,17 +74,23 @@ class Redis:
             "--dir",
             str(self.folder),
         ]
-        self.process = subprocess.Popen(
-            [*command, "--save", "", "--appendonly", "no", *settings], stdout=subprocess.DEVNULL
-        )
-        began = monotonic()
-        while not self.ask(b"PING").startswith((b"+PONG", b"-NOAUTH")):
-            assert monotonic() - began < PATIENCE
-            time.sleep(0.02)
+        command += ["--save", "", "--appendonly", "no", *settings]
+        self.run(command)
         # A Redis that has just started gives no slots.
         while settle and int(self.info(b"uptime_in_seconds")) < TTL:
             time.sleep(0.05)
         return self
+
+    def run(self, command: list[str]) -> None:
+        """
+        Start the program, again if its port is just being used by somebody else, until it answers.
+        """
+        began = monotonic()
+        while not self.ask(b"PING").startswith((b"+PONG", b"-NOAUTH")):
+            assert monotonic() - began < PATIENCE
+            if self.process is None or self.process.poll() is not None:
+                self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+            time.sleep(0.02)
 
     def ask(self, *words: bytes) -> bytes:
         """
@@ -679,7 +685,7 @@ async def test_an_endless_answer_takes_no_memory(answer: bytes, more: bytes) -> 
     limit = shared.RedisLimit("x", 5, url=endless.url, ttl=TTL)
     with Log() as log:
         assert not limit.try_acquire(None)
-        await until(lambda: limit._question >= 4)
+        await until(lambda: limit._question >= 3)
         await patiently(limit.close())
     assert sum("cannot be used" in text for text in log.texts()) == 1
     assert not [event for event in log.events if "log_failure" in event]
@@ -716,7 +722,7 @@ async def test_while_redis_cannot_be_used_all_wait_and_once_it_can_they_are_serv
     what: str, tmp_path: Path
 ) -> None:
     spoil, mend, words = BROKEN[what]
-    redis = Redis(tmp_path).start()
+    redis = Redis(tmp_path).start(settle=False)
     url = redis.url
     if what.startswith("with a"):
         url = f"unix://:secret@{redis.socket}"
@@ -735,8 +741,7 @@ async def test_while_redis_cannot_be_used_all_wait_and_once_it_can_they_are_serv
             newcomer = Inert(None)
             assert not limiter.serve_at_once(newcomer)
             limiter.wait(newcomer)
-            await until(lambda: limit._is_away)
-            await until(lambda: limit._question >= 3)
+            await until(lambda: limit._is_away and limit._question >= 2)
             assert limiter.waiting == 1
             do(mend)
             await until(lambda: limiter.active == 1)
@@ -747,7 +752,7 @@ async def test_while_redis_cannot_be_used_all_wait_and_once_it_can_they_are_serv
         assert words in complaint
         assert relief == f"limit x: Redis at {redis.socket} is back"
         assert sum("cannot be used" in text for text in log.texts()) == 1
-        assert not [event for event in log.events if "log_failure" in event]
+        assert len(log.events) == len(log.texts()) == 2
     finally:
         redis.stop()
 
@@ -847,10 +852,13 @@ class Service:
     def __init__(self, folder: Path) -> None:
         for each in ("primary", "replica", "sentinel"):
             (folder / each).mkdir()
+        ports: set[int] = set()
+        while len(ports) < 4:
+            ports.add(free_port())
         self.primary, self.replica, self.sentinel = (
-            Redis(folder / each, free_port()) for each in ("primary", "replica", "sentinel")
+            Redis(folder / each, ports.pop()) for each in ("primary", "replica", "sentinel")
         )
-        self.url = f"redis+sentinel://127.0.0.1:{free_port()},127.0.0.1:{self.sentinel.port}/cache"
+        self.url = f"redis+sentinel://127.0.0.1:{ports.pop()},127.0.0.1:{self.sentinel.port}/cache"
 
     def start(self) -> Service:
         self.primary.start(False, "--repl-diskless-sync-delay", "0")
@@ -866,9 +874,7 @@ class Service:
             "sentinel down-after-milliseconds cache 500\n"
             "sentinel failover-timeout cache 3000\n"
         )
-        self.sentinel.process = subprocess.Popen(
-            [redis_program(), str(configuration), "--sentinel"], stdout=subprocess.DEVNULL
-        )
+        self.sentinel.run([redis_program(), str(configuration), "--sentinel"])
         while int(self.replica.info(b"uptime_in_seconds")) < TTL or b"slaves=1" not in self.sentinel.info(
             b"master0", b"sentinel"
         ):

@@ -111,7 +111,9 @@ async def connect(
     :param database: the number of the database; None for something that has none.
     :raises Exception: if it cannot be reached, or refuses the password or the database.
     """
-    connection: Any = await endpoint.connect(Factory.forProtocol(protocol))
+    factory = Factory.forProtocol(protocol)
+    factory.noisy = False
+    connection: Any = await endpoint.connect(factory)
     try:
         if password is not None:
             await connection.execute_command("AUTH", *(each for each in (username, password) if each))

@@ -12,9 +12,9 @@ What holds:
   interrupts, by its own clock. Slots of connections that outlive their lease (a process that was stopped for
   longer than ``ttl``) count again as soon as the process is back, and until then do not.
 - A Redis that has been up for less than ``ttl``, or has taken another's place less than ``ttl`` ago, gives no
-  new slots: it may have lost its memory, and every process says within that time what it holds. After FLUSHALL,
-  or a failover to a replica that has never heard of the limit, what is leased can be leased again until the
-  next heartbeat, a third of ``ttl`` at most; what is too much ends with the connections that have it.
+  new slots: it may have lost its memory, and every process says within that time what it holds. After
+  FLUSHALL, or a failover to a replica that has never heard of the limit, what is leased can be leased again
+  until the next heartbeat, a third of ``ttl`` at most; what is too much ends with its connections.
 - Processes that lack slots are served in the order in which they asked, a slot each time; a process has one
   place, however many wait for it there, and the order within it is that of its own line.
 """
