@@ -6,9 +6,15 @@ from __future__ import annotations
 
 import argparse
 
-from bench import interfaces, line, memory, shared
+from bench import interfaces, line, memory, processes, shared
 
-BENCHMARKS = {"interfaces": interfaces.run, "line": line.run, "memory": memory.run, "shared": shared.run}
+BENCHMARKS = {
+    "interfaces": interfaces.run,
+    "line": line.run,
+    "memory": memory.run,
+    "processes": processes.run,
+    "shared": shared.run,
+}
 
 
 def main() -> None:
