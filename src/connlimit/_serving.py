@@ -7,7 +7,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from twisted.application.internet import SSLServer, StreamServerEndpointService, TCPServer, UNIXServer
@@ -137,11 +137,27 @@ def limit_service(service: IService, limiter: Limiter, when_full: str = "refuse"
     :return: how many were found.
     """
     found = 0
+    for each in listening_services(service):
+        _limit(each, limiter, when_full)
+        found += 1
+    return found
+
+
+def listening_services(service: IService) -> Iterator[Any]:
+    """
+    The services that listen, in a tree of services.
+    """
+    if isinstance(service, (StreamServerEndpointService, TCPServer, SSLServer, UNIXServer)):
+        yield service
+    for each in IServiceCollection(service, ()):
+        yield from listening_services(each)
+
+
+def _limit(service: Any, limiter: Limiter, when_full: str) -> None:
     if isinstance(service, StreamServerEndpointService):
         service.factory = LimitingFactory(service.factory, limiter)
         service.endpoint = WatchedEndpoint(service.endpoint, limiter, when_full)
-        found = 1
-    elif isinstance(service, (TCPServer, SSLServer, UNIXServer)):
+    else:
         if when_full != "refuse":
             raise ValueError(
                 f"--when-full must be refuse, not {when_full}, for a plugin that listens in the"
@@ -153,5 +169,3 @@ def limit_service(service: IService, limiter: Limiter, when_full: str = "refuse"
         else:
             where, factory, *rest = service.args
             service.args = (where, LimitingFactory(factory, limiter), *rest)
-        found = 1
-    return found + sum(limit_service(each, limiter, when_full) for each in IServiceCollection(service, ()))
