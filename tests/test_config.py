@@ -53,6 +53,7 @@ def test_every_kind_of_value_is_read(tmp_path: Path) -> None:
             tmp_path,
             """
             drain_timeout = "2min"
+            processes = 4
             [limiters.a]
             wait_timeout = "500ms"
             idle_timeout = 5
@@ -89,6 +90,8 @@ def test_every_kind_of_value_is_read(tmp_path: Path) -> None:
         "max_waiting": None,
     }
     assert config.drain_timeout == 120
+    assert config.processes == 4
+    assert "processes: 4" in config.summary()
     assert config.services["s"].plugin == ("web", "--path=.")
     assert config.status == StatusConfig("tcp:8081", True, ("status.example",))
 
@@ -147,6 +150,8 @@ def test_everything_that_is_wrong_is_told_at_once(tmp_path: Path) -> None:
         ("this is no TOML", "this is no TOML"),
         (SMALL + "[limiters.other]\n", "limiter must be the name of a limiter (web, other), and is missing"),
         ("status = 5\n" + SMALL, "status must be a table, not 5"),
+        ("processes = 0\n" + SMALL, "processes must be a whole number from 1 to 1024, not 0"),
+        ("processes = true\n" + SMALL, "processes must be a whole number from 1 to 1024, not True"),
     ],
 )
 def test_each_mistake_gets_a_sentence(text: str, words: str, tmp_path: Path) -> None:

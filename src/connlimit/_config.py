@@ -15,6 +15,9 @@ from connlimit._accepting import WHEN_FULL
 from connlimit._settings import FIELDS, load, seconds
 from connlimit._toml import ConfigError, document
 
+#: How many processes can serve; more are a slip.
+MOST_PROCESSES = 1024
+
 
 @attrs.frozen
 class ServiceConfig:
@@ -65,6 +68,7 @@ class Config:
     :ivar status: the status page, or None.
     :ivar drain_timeout: seconds that connections may take to end when the program is stopped.
     :ivar log_connections: whether each connection is told of in the log, from the next start on.
+    :ivar processes: how many processes serve, from the next start on.
     """
 
     limiters: Mapping[str, Mapping[str, Any]]
@@ -73,6 +77,7 @@ class Config:
     status: StatusConfig | None = None
     drain_timeout: float = 0.0
     log_connections: bool = False
+    processes: int = 1
 
     def summary(self) -> list[str]:
         """
@@ -93,6 +98,8 @@ class Config:
             )
             where = f"listens at {', '.join(service.listen)}, " if service.listen else ""
             lines.append(f"service {service.name}: {where}{does}, behind limiter {service.limiter}")
+        if self.processes > 1:
+            lines.append(f"processes: {self.processes}")
         if self.status:
             lines.append(f"status page: listens at {self.status.listen}")
         return lines
@@ -121,7 +128,9 @@ class _Reader:
         The document's `Config`.
         """
         known = self._known(
-            document, "", ["limiters", "services", "status", "drain_timeout", "log_connections"]
+            document,
+            "",
+            ["limiters", "services", "status", "drain_timeout", "log_connections", "processes"],
         )
         limiters = {
             name: self._limiter(name, table) for name, table in self._tables(known, "limiters").items()
@@ -143,10 +152,18 @@ class _Reader:
         status = self._status(known["status"]) if "status" in known else None
         drain = self._value("", known, "drain_timeout", "a number of seconds, 0 or more", _drain, 0.0)
         log = self._value("", known, "log_connections", "true or false", _flag, False)
+        right = f"a whole number from 1 to {MOST_PROCESSES}"
+        processes = self._value("", known, "processes", right, _processes, 1)
         if self._errors:
             raise ConfigError([_one_line(each) for each in self._errors])
         return Config(
-            limiters, shared, {k: v for k, v in services.items() if v is not None}, status, drain, log
+            limiters,
+            shared,
+            {k: v for k, v in services.items() if v is not None},
+            status,
+            drain,
+            log,
+            processes,
         )
 
     def _limiter(self, name: str, table: Mapping[str, Any]) -> dict[str, Any]:
@@ -298,6 +315,12 @@ def _texts(value: Any) -> tuple[str, ...]:
 
 def _flag(value: Any) -> bool:
     if not isinstance(value, bool):
+        raise ValueError
+    return value
+
+
+def _processes(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MOST_PROCESSES:
         raise ValueError
     return value
 

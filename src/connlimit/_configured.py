@@ -22,6 +22,7 @@ from connlimit._factory import LimitingFactory
 from connlimit._forward import RelayFactory
 from connlimit._limiter import Limiter
 from connlimit._program import Program
+from connlimit._role import Alone
 from connlimit._serving import (
     client_endpoint,
     import_factory,
@@ -74,11 +75,6 @@ def check(path: Path, config: Config, reactor: Any) -> dict[str, _Parts]:
     return parts
 
 
-def _limiter(config: Config, name: str) -> Limiter:
-    settings = config.limiters[name]
-    return Limiter(**settings, limits=shared_limits(config.shared.get(name), Settings().evolve(settings)))
-
-
 def _parts(service: ServiceConfig, reactor: Any) -> _Parts:
     endpoints = {each: server_endpoint(reactor, each, "listen") for each in service.listen}
     factory: Any = None
@@ -97,7 +93,8 @@ class _Unit:
     A service that runs.
     """
 
-    def __init__(self, parts: _Parts, limiter: Limiter) -> None:
+    def __init__(self, parts: _Parts, limiter: Limiter, role: Alone) -> None:
+        self._role = role
         self.config = parts.config
         self.limiter = limiter
         self.ports: dict[str, IListeningPort] = {}
@@ -105,7 +102,8 @@ class _Unit:
         self.plugin: IService | None = None
         if parts.factory is None:
             name = parts.config.plugin[0]
-            self.plugin = limited_plugin(name, parts.plugin_options, limiter, parts.config.when_full)
+            service = limited_plugin(name, parts.plugin_options, limiter, parts.config.when_full)
+            self.plugin = role.plugin(service)
 
     def listen(self, parts: _Parts) -> None:
         """
@@ -116,7 +114,8 @@ class _Unit:
         try:
             for each, endpoint in new.items():
                 watched = WatchedEndpoint(endpoint, self.limiter, parts.config.when_full)
-                opened[each] = _at_once(watched.listen(self.factory))
+                with self._role.listening():
+                    opened[each] = _at_once(watched.listen(self.factory))
         except Exception:
             for port in opened.values():
                 port.stopListening()
@@ -128,8 +127,9 @@ class _Unit:
         Start a plugin's service.
         """
         if self.plugin is not None:
-            self.plugin.privilegedStartService()
-            self.plugin.startService()
+            with self._role.listening():
+                self.plugin.privilegedStartService()
+                self.plugin.startService()
 
     async def close(self, keeping: tuple[str, ...] = ()) -> None:
         """
@@ -161,11 +161,13 @@ class ConfiguredProgram(Program):
 
     _log = Logger()
 
-    def __init__(self, path: Path, config: Config, parts: dict[str, _Parts], reactor: Any) -> None:
+    def __init__(
+        self, path: Path, config: Config, parts: dict[str, _Parts], reactor: Any, role: Alone | None = None
+    ) -> None:
         """
         :param parts: what `check` found for the configuration.
         """
-        super().__init__(config.drain_timeout, config.log_connections)
+        super().__init__(config.drain_timeout, config.log_connections, role)
         self._path = path.absolute()
         self._config = config
         self._parts = parts
@@ -174,14 +176,19 @@ class ConfiguredProgram(Program):
         self._is_reloading = False
         self._again = False
         for name in config.limiters:
-            self.add_limiter(_limiter(config, name))
-        if config.status is not None:
+            self.add_limiter(self._limiter(config, name))
+        if config.status is not None and self.role.shows:
             self.status = self._status_service(config)
+
+    def _limiter(self, config: Config, name: str) -> Limiter:
+        return self.role.limiter(config.limiters[name], config.shared.get(name))
 
     def _status_service(self, config: Config) -> IService:
         assert config.status is not None
         endpoint = server_endpoint(self._reactor, config.status.listen)
-        return status_service(endpoint, self, config.status.show_peers, config.status.hosts)
+        return status_service(
+            endpoint, self.role.watched(self), config.status.show_peers, config.status.hosts
+        )
 
     def privilegedStartService(self) -> None:
         """
@@ -194,7 +201,7 @@ class ConfiguredProgram(Program):
 
     def _start_units(self) -> None:
         for name, parts in self._parts.items():
-            unit = self._units[name] = _Unit(parts, self.limiters[parts.config.limiter])
+            unit = self._units[name] = _Unit(parts, self.limiters[parts.config.limiter], self.role)
             unit.listen(parts)
             unit.start()
 
@@ -238,7 +245,7 @@ class ConfiguredProgram(Program):
         old = self._config
         # First what can fail: new limiters cost nothing, and new ports can be closed again.
         limiters = {
-            name: self.limiters[name] if self._is_kept(new, name) else _limiter(new, name)
+            name: self.limiters[name] if self._is_kept(new, name) else self._limiter(new, name)
             for name in new.limiters
         }
         restarted = {
@@ -247,7 +254,7 @@ class ConfiguredProgram(Program):
             if name in parts and _must_restart(unit, parts[name], limiters)
         }
         added = {
-            name: _Unit(parts[name], limiters[parts[name].config.limiter])
+            name: _Unit(parts[name], limiters[parts[name].config.limiter], self.role)
             for name in parts
             if name not in self._units or name in restarted
         }
@@ -293,8 +300,9 @@ class ConfiguredProgram(Program):
                 added[name].start()
             elif each.config != self._units[name].config:
                 await self._change(self._units[name], each)
-        if new.status != old.status:
+        if new.status != old.status and self.role.shows:
             await self._change_status(new)
+        self.role.reload(self)
         self._log.info("{path} was read again", path=str(self._path))
 
     def _is_kept(self, new: Config, name: str) -> bool:

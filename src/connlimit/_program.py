@@ -4,7 +4,6 @@ A running program: starts, reports, drains and stops what ``twistd connlimit`` r
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +16,7 @@ from twisted.logger import Logger
 from connlimit import _descriptors, _systemd
 from connlimit._limiter import Limiter
 from connlimit._log import LimiterLog
+from connlimit._role import Alone
 from connlimit._sharing import close
 
 _log = Logger()
@@ -41,32 +41,42 @@ class Program(MultiService):
     :ivar drain_timeout: seconds that connections may take to end when the program is stopped.
     :ivar status: the service of the status page, which is the last to stop; or None.
     :ivar hints: what there is to see and to try, logged at the start.
+    :ivar role: what this process does of what the program does.
     """
 
-    def __init__(self, drain_timeout: float = 0.0, log_connections: bool = False) -> None:
+    def __init__(
+        self, drain_timeout: float = 0.0, log_connections: bool = False, role: Alone | None = None
+    ) -> None:
         super().__init__()
+        self.role = Alone() if role is None else role
         self.limiters: dict[str, Limiter] = {}
         self.drain_timeout = drain_timeout
         self._log_connections = log_connections
         self.status: IService | None = None
         self.hints: tuple[str, ...] = ()
         self._telling = LoopingCall(self._tell_systemd)
+        self._is_stopping = False
 
     def add_limiter(self, limiter: Limiter) -> None:
         """
         Have a limiter logged, and drained at the end.
         """
         self.limiters[limiter.name] = limiter
-        limiter.add_observer(LimiterLog(self._log_connections))
+        if self.role.serves:
+            limiter.add_observer(LimiterLog(self._log_connections))
 
     def privilegedStartService(self) -> None:
         """
         Raise the descriptor limit and start to listen, or end the program with a sentence that says why not.
         """
         _descriptors.raise_limit()
-        self._or_exit(super().privilegedStartService)
+        self._or_exit(self._listen)
         if self.status is not None:
             self._or_exit(self.status.privilegedStartService)
+
+    def _listen(self) -> None:
+        with self.role.listening():
+            super().privilegedStartService()
 
     def startService(self) -> None:
         """
@@ -77,17 +87,26 @@ class Program(MultiService):
         self._or_exit(super().startService)
         if self.status is not None:
             self._or_exit(self.status.startService)
-        reactor.callWhenRunning(self._running, reactor)
+        reactor.callWhenRunning(self._run, reactor)
 
-    def _running(self, reactor: Any) -> None:
+    def _run(self, reactor: Any) -> None:
+        running = ensureDeferred(self._running(reactor))
+        running.addErrback(lambda failure: _log.failure("the program did not become ready", failure))
+
+    async def _running(self, reactor: Any) -> None:
         """
         Say what there is, once the program can also be told to stop.
         """
-        _exit_cleanly(reactor)
-        for limiter in self.limiters.values():
-            _log.info("{budget}", budget=_budget(limiter))
-        for hint in self.hints:
-            _log.info("{hint}", hint=hint)
+        self.role.catch_signals(reactor)
+        if self.role.serves:
+            for limiter in self.limiters.values():
+                _log.info("{budget}", budget=_budget(limiter))
+        await self.role.start(self)
+        if self.role.shows:
+            for hint in self.hints:
+                _log.info("{hint}", hint=hint)
+        if self._is_stopping:
+            return
         if _systemd.notify("READY=1"):
             self._telling.start(_STATUS_INTERVAL)
 
@@ -98,11 +117,14 @@ class Program(MultiService):
         return ensureDeferred(self._stop())
 
     async def _stop(self) -> None:
+        self._is_stopping = True
         _systemd.notify("STOPPING=1")
         if self._telling.running:
             self._telling.stop()
         await super().stopService()
-        await gatherResults([ensureDeferred(self._drain(each)) for each in list(self.limiters.values())])
+        await self.role.stop(self)
+        limiters = list(self.role.watched(self).limiters.values())
+        await gatherResults([ensureDeferred(self._drain(each)) for each in limiters])
         if self.status is not None:
             await self.status.stopService()
 
@@ -126,7 +148,8 @@ class Program(MultiService):
         )
 
     def _tell_systemd(self) -> None:
-        _systemd.notify("STATUS=" + "; ".join(summary(each) for each in self.limiters.values()))
+        limiters = self.role.watched(self).limiters
+        _systemd.notify("STATUS=" + "; ".join(summary(each) for each in limiters.values()))
 
     def _or_exit(self, start: Callable[[], None]) -> None:
         try:
@@ -157,17 +180,3 @@ def _budget(limiter: Limiter) -> str:
         waiting = room if waiting is None else min(room, waiting)
     facts.append(f"room for {'any number' if waiting is None else waiting} in the line")
     return f"{limiter.name}: " + ", ".join(facts)
-
-
-def _exit_cleanly(reactor: Any) -> None:
-    """
-    Make SIGTERM an order to stop that is carried out with exit code 0; a second one ends the process at once.
-
-    Twisted's own handler stops as well, but then lets the process die of the signal.
-    """
-
-    def stop(number: int, frame: object) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        reactor.callFromThread(reactor.stop)
-
-    signal.signal(signal.SIGTERM, stop)

@@ -5,6 +5,7 @@ The command line: ``twistd connlimit``.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,12 @@ from twisted.python import usage
 
 from connlimit import _demonstration
 from connlimit._accepting import check_when_full
-from connlimit._config import read
+from connlimit._config import MOST_PROCESSES, read
 from connlimit._configured import ConfiguredProgram, check
 from connlimit._forward import RelayFactory
-from connlimit._limiter import Limiter
+from connlimit._processes import Parent
 from connlimit._program import CannotStart, Program
+from connlimit._role import Alone
 from connlimit._service import LimitedService
 from connlimit._serving import client_endpoint, import_factory, limited_plugin, plugins, server_endpoint
 from connlimit._settings import FIELDS, Settings, parse
@@ -78,6 +80,12 @@ class Options(usage.Options):
             "show a status page at this server endpoint, such as tcp:8081:interface=127.0.0.1",
         ],
         ["config", None, None, "take everything from this TOML file; SIGHUP reads it again"],
+        [
+            "processes",
+            None,
+            "1",
+            "serve in so many processes, which share max-connections; the other limits hold in each",
+        ],
         ["factory", None, None, "serve with this factory, or what this callable returns, as MODULE:NAME"],
     ]
 
@@ -108,6 +116,7 @@ class Options(usage.Options):
         """
         Parse the command line, or exit with one sentence that says what is wrong with it.
         """
+        self.arguments = list(sys.argv[1:] if options is None else options)
         try:
             super().parseOptions(options)
         except usage.UsageError as error:
@@ -127,7 +136,8 @@ class Options(usage.Options):
             self["drain"] = _seconds("--drain-timeout", self["drain-timeout"])
             check_when_full(self["when-full"], "--when-full")
             self["settings"] = parse({k: v for k, v in given.items() if v is not None}, _spell)
-            self["limits"] = shared_limits(self["shared"], Settings().evolve(self["settings"]))
+            shared_limits(self["shared"], Settings().evolve(self["settings"]))  # whether it can be made
+            self["processes"] = _processes("--processes", self["processes"])
         except ValueError as error:
             raise usage.UsageError(str(error)) from None
 
@@ -201,16 +211,27 @@ def _seconds(option: str, text: str) -> float:
     raise ValueError(f"{option} must be a number of seconds, 0 or more, not {text!r}")
 
 
-def makeService(options: Options) -> Program:
+def _processes(option: str, text: str) -> int:
+    if text.isdecimal() and 1 <= int(text) <= MOST_PROCESSES:
+        return int(text)
+    raise ValueError(f"{option} must be a whole number from 1 to {MOST_PROCESSES}, not {text!r}")
+
+
+def makeService(options: Options, role: Alone | None = None) -> Program:
     """
     The service that the options ask for.
+
+    :param role: what this process does of it, if that is not for the options to say.
     """
     from twisted.internet import reactor
 
+    if role is None:
+        processes = options["loaded"].processes if options["config"] else options["processes"]
+        role = Alone() if processes == 1 else Parent(processes, options.arguments, reactor)
     if options["config"]:
-        return ConfiguredProgram(Path(options["config"]), options["loaded"], options["parts"], reactor)
-    limiter = Limiter(**options["settings"], limits=options["limits"])
-    program = Program(options["drain"], bool(options["log-connections"]))
+        return ConfiguredProgram(Path(options["config"]), options["loaded"], options["parts"], reactor, role)
+    limiter = role.limiter(options["settings"], options["shared"])
+    program = Program(options["drain"], bool(options["log-connections"]), role)
     program.add_limiter(limiter)
     where = options["status-endpoint"]
     if options.subCommand:
@@ -218,7 +239,7 @@ def makeService(options: Options) -> Program:
             inner = limited_plugin(options.subCommand, options.subOptions, limiter, options["when-full"])
         except ValueError as error:
             raise CannotStart(f"connlimit: {error}") from None
-        inner.setServiceParent(program)
+        role.plugin(inner).setServiceParent(program)
     else:
         if options["forward"]:
             factory: Any = RelayFactory(options["backend"], options["forward"])
@@ -231,6 +252,6 @@ def makeService(options: Options) -> Program:
             LimitedService(endpoint, factory, limiter, when_full=options["when-full"]).setServiceParent(
                 program
             )
-    if where is not None:
-        program.status = status_service(where, program)
+    if where is not None and role.shows:
+        program.status = status_service(where, role.watched(program))
     return program

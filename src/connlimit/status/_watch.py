@@ -117,7 +117,8 @@ class Watch(LimiterObserver):
                 for peer, active, waiting in self.limiter.busiest_peers(PEERS)
             ]
             facts["line"] = [
-                {"address": _text(address), "age": age} for address, age in self.limiter.first_waiting(SHOWN)
+                {"address": address_text(address), "age": age}
+                for address, age in self.limiter.first_waiting(SHOWN)
             ]
         return facts
 
@@ -137,7 +138,12 @@ class Watch(LimiterObserver):
         self.limiter.remove_observer(self)
 
 
-def _text(address: Any) -> str:
+def address_text(address: Any) -> str:
+    """
+    An address as it is shown.
+    """
+    if isinstance(address, str):  # it comes from a worker
+        return address
     host = getattr(address, "host", None)
     if host is None:
         return "UNIX socket" if getattr(address, "uid", None) is None else f"UNIX user {address.uid}"
