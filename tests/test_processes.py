@@ -23,7 +23,7 @@ from pathlib import Path
 
 import pytest
 from support import ECHO, PATIENCE, Program, failing, free_port, read_all, running, twistd_command
-from test_shared import Redis, redis
+from test_redis_limit import Redis, redis
 
 from connlimit._config import MOST_PROCESSES
 

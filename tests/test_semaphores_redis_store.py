@@ -11,8 +11,8 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+from test_redis_limit import PATIENCE, Redis
 from test_semaphores_http import Server, in_thread, ours, wait_until_pending
-from test_shared import PATIENCE, Redis
 
 pytest.importorskip("txredisapi")
 

@@ -71,7 +71,8 @@ class Options(usage.Options):
             "shared",
             None,
             None,
-            "share max-connections with all processes that give this Redis URL and this name",
+            "share max-connections with all processes that give this Redis URL and this name, or take the"
+            " slots of the semaphore of this name from the server at this http URL",
         ],
         [
             "status",

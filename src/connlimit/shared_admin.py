@@ -14,7 +14,7 @@ from twisted.internet.task import react
 
 from connlimit._redis import describe
 from connlimit._redis_address import RedisAddress
-from connlimit.shared import PREFIX, set_slots
+from connlimit._redis_limit import PREFIX, set_slots
 
 _TIMEOUT = 5  # seconds
 

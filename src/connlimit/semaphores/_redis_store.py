@@ -123,7 +123,7 @@ class RedisStore:
         self._reactor = reactor
         self._channel = f"{_PREFIX}:operations"
         self._keys = [f"{_PREFIX}:log", f"{_PREFIX}:about"]
-        self._redis = Redis(self._address, reactor, self._channel, self._look, _LONGEST)
+        self._redis = Redis(self._address, reactor, self._channel, lambda _: self._look(), _LONGEST)
         self._history = ""
         self._seen = 0
         # The time of the last operation by Redis's clock, in ms, and when it was seen by the monotonic clock.

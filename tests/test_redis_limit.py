@@ -37,7 +37,7 @@ from connlimit._inert import Inert
 from connlimit.refusals import Say
 
 txredisapi = pytest.importorskip("txredisapi")
-shared = pytest.importorskip("connlimit.shared")
+redis_limit = pytest.importorskip("connlimit._redis_limit")
 
 TTL = 1.5
 
@@ -140,7 +140,9 @@ class Members:
     def __init__(self, redis: Redis | Service, slots: int, count: int, **settings: object) -> None:
         Members.number += 1
         self.limits = [
-            shared.RedisLimit(f"limit {Members.number}", slots, url=redis.url, **{"ttl": TTL, **settings})
+            redis_limit.RedisLimit(
+                f"limit {Members.number}", slots, url=redis.url, **{"ttl": TTL, **settings}
+            )
             for _ in range(count)
         ]
         self.wanted = [0] * count
@@ -242,7 +244,7 @@ async def test_what_is_free_of_a_limit_that_was_cut_is_given_back(redis: Redis) 
             limit.release(None)
         assert limit.held >= 10
         connection = await patiently(txredisapi.UnixConnection(str(redis.socket), reconnect=False))
-        await patiently(shared.set_slots(connection, limit.name, 3))
+        await patiently(redis_limit.set_slots(connection, limit.name, 3))
         await until(lambda: limit.held <= 3)
         await patiently(connection.disconnect())
 
@@ -297,11 +299,11 @@ async def test_who_was_stopped_for_longer_than_the_ttl_knows_that_it_has_no_leas
 async def test_the_limit_can_be_changed_for_all(redis: Redis) -> None:
     async with Members(redis, 10, 2) as members:
         connection = await patiently(txredisapi.UnixConnection(str(redis.socket), reconnect=False))
-        await patiently(shared.set_slots(connection, members.limits[0].name, 1))
+        await patiently(redis_limit.set_slots(connection, members.limits[0].name, 1))
         members.want(0, 3)
         members.want(1, 3)
         await until(lambda: sum(members.used()) == 1)
-        await patiently(shared.set_slots(connection, members.limits[0].name, 6))
+        await patiently(redis_limit.set_slots(connection, members.limits[0].name, 6))
         await until(lambda: sum(members.used()) == 6)
         await patiently(connection.disconnect())
 
@@ -313,7 +315,7 @@ async def test_a_late_question_undoes_nothing(redis: Redis) -> None:
         await until(lambda: members.used() == [3])
         limit = members.limits[0]
         late = [limit._member, int(TTL * 1000), 0, 0, 0, 5, limit._channel, limit._question]
-        assert await patiently(limit._ask_redis(shared._LEASE, late, PATIENCE)) == [0, 0]
+        assert await patiently(limit._ask_redis(redis_limit._LEASE, late, PATIENCE)) == [0, 0]
         connection = await patiently(txredisapi.UnixConnection(str(redis.socket), reconnect=False))
         assert int(await patiently(connection.hget(limit._keys[1], limit._member))) >= 3
         await patiently(connection.disconnect())
@@ -383,14 +385,14 @@ async def test_when_redis_is_away_it_says_so_once_and_goes_on_when_it_is_back(
     ],
 )
 def test_urls_are_read(url: str, expected: tuple[object, ...]) -> None:
-    assert shared.RedisAddress.from_url(url) == shared.RedisAddress(*expected)
+    assert redis_limit.RedisAddress.from_url(url) == redis_limit.RedisAddress(*expected)
 
 
 def test_a_url_can_carry_what_a_limit_takes() -> None:
     url = "redis://localhost/2?ttl=5&when_unreachable=local=3"
-    limit = shared.RedisLimit("x", 5, url=url)
+    limit = redis_limit.RedisLimit("x", 5, url=url)
     assert (limit._ttl, limit._local, limit._refuses, limit.address.database) == (5, 3, False, 2)
-    limit = shared.RedisLimit("x", 5, url=url, ttl=7, when_unreachable="refuse")
+    limit = redis_limit.RedisLimit("x", 5, url=url, ttl=7, when_unreachable="refuse")
     assert (limit._ttl, limit._local, limit._refuses) == (7, 0, True)
 
 
@@ -420,7 +422,7 @@ def test_a_url_can_carry_what_a_limit_takes() -> None:
 )
 def test_a_wrong_value_gets_one_sentence(settings: dict[str, object], words: str) -> None:
     with pytest.raises(ValueError, match=rf"\A{words}[^\n]*\Z"):
-        shared.RedisLimit(**{"name": "x", "slots": 5, "url": "redis://localhost", **settings})
+        redis_limit.RedisLimit(**{"name": "x", "slots": 5, "url": "redis://localhost", **settings})
 
 
 WORKER = """
@@ -636,7 +638,7 @@ class Answering(threading.Thread):
 @ensureDeferred
 async def test_what_is_no_usable_redis_serves_nobody_and_is_told_of_once(answer: bytes) -> None:
     strange = Answering(answer)
-    limit = shared.RedisLimit("x", 5, url=strange.url, ttl=TTL)
+    limit = redis_limit.RedisLimit("x", 5, url=strange.url, ttl=TTL)
     with Log() as log:
         assert not limit.try_acquire(None)
         await until(lambda: limit._is_away)
@@ -683,7 +685,7 @@ class Flooding(Answering):
 @ensureDeferred
 async def test_an_endless_answer_takes_no_memory(answer: bytes, more: bytes) -> None:
     endless = Flooding(answer, more)
-    limit = shared.RedisLimit("x", 5, url=endless.url, ttl=TTL)
+    limit = redis_limit.RedisLimit("x", 5, url=endless.url, ttl=TTL)
     with Log() as log:
         assert not limit.try_acquire(None)
         await until(lambda: limit._question >= 3)
@@ -736,7 +738,7 @@ async def test_while_redis_cannot_be_used_all_wait_and_once_it_can_they_are_serv
 
     try:
         do(spoil)
-        limit = shared.RedisLimit("x", 5, url=url, ttl=TTL)
+        limit = redis_limit.RedisLimit("x", 5, url=url, ttl=TTL)
         limiter = Limiter(limits=[limit])
         with Log() as log:
             newcomer = Inert(None)
@@ -763,7 +765,7 @@ async def test_with_refuse_they_are_refused_from_the_end_of_the_lease_until_redi
     tmp_path: Path,
 ) -> None:
     redis = Redis(tmp_path).start()
-    limit = shared.RedisLimit("x", 1, url=f"{redis.url}?ttl={TTL}&when_unreachable=refuse")
+    limit = redis_limit.RedisLimit("x", 1, url=f"{redis.url}?ttl={TTL}&when_unreachable=refuse")
     limiter = Limiter(limits=[limit], refusal=Say(b"come back later"))
     try:
         async with listening(limiter) as (_, where):
@@ -811,7 +813,7 @@ async def encrypted(redis: Redis, folder: Path) -> AsyncIterator[tuple[int, Path
 async def test_tls_is_used_with_a_certificate_that_can_be_trusted(redis: Redis, tmp_path: Path) -> None:
     async with encrypted(redis, tmp_path) as (port, certificate):
         url = f"rediss://localhost:{port}?ssl_ca_certs={certificate}&ttl={TTL}"
-        limit = shared.RedisLimit("encrypted", 2, url=url)
+        limit = redis_limit.RedisLimit("encrypted", 2, url=url)
         assert not limit.try_acquire(None)
         await until(lambda: limit.held)
         assert limit.try_acquire(None)
@@ -835,7 +837,7 @@ async def test_tls_is_not_used_with_another_certificate(
 ) -> None:
     async with encrypted(redis, tmp_path) as (port, certificate):
         query = f"ttl={TTL}&ssl_ca_certs={certificate}" if trusted else f"ttl={TTL}"
-        limit = shared.RedisLimit("x", 2, url=f"rediss://{host}:{port}?{query}")
+        limit = redis_limit.RedisLimit("x", 2, url=f"rediss://{host}:{port}?{query}")
         with Log() as log:
             assert not limit.try_acquire(None)
             await until(lambda: limit._question >= 3)
@@ -926,7 +928,7 @@ async def test_sentinels_that_know_nothing_are_told_of_in_the_log(tmp_path: Path
     service = Service(tmp_path).start()
     try:
         url = service.url.replace("cache", "mail")
-        limit = shared.RedisLimit("x", 5, url=f"{url}?ttl={TTL}")
+        limit = redis_limit.RedisLimit("x", 5, url=f"{url}?ttl={TTL}")
         with Log() as log:
             assert not limit.try_acquire(None)
             await until(lambda: limit._question >= 3)
@@ -960,7 +962,7 @@ async def test_a_redis_with_a_password_is_used_with_it(tmp_path: Path) -> None:
     redis = Redis(tmp_path)
     try:
         redis.start(False, "--requirepass", "secret")
-        limit = shared.RedisLimit("x", 2, url=f"unix://:secret@{redis.socket}", ttl=TTL)
+        limit = redis_limit.RedisLimit("x", 2, url=f"unix://:secret@{redis.socket}", ttl=TTL)
         assert not limit.try_acquire(None)
         await until(lambda: limit.held)
         assert limit.try_acquire(None)
@@ -1023,7 +1025,7 @@ def lease(redis: Redis, keys: list[str], *arguments: object) -> tuple[int, int]:
     """
     What the script answers.
     """
-    words = [b"EVAL", shared._LEASE.encode(), b"7", *(key.encode() for key in keys)]
+    words = [b"EVAL", redis_limit._LEASE.encode(), b"7", *(key.encode() for key in keys)]
     words += [str(argument).encode() for argument in arguments]
     command = b"*%d\r\n" % len(words) + b"".join(b"$%d\r\n%s\r\n" % (len(word), word) for word in words)
     with closing(socket.socket(socket.AF_UNIX)) as client:
@@ -1056,7 +1058,7 @@ def test_the_script_does_what_the_model_does(
     while int(redis.info(b"uptime_in_seconds")) * 1000 < LONG:
         time.sleep(0.1)
     number = next(EXAMPLES)
-    keys = [f"test:{{{number}}}:{each}" for each in shared._KEYS]
+    keys = [f"test:{{{number}}}:{each}" for each in redis_limit._KEYS]
     held, asking = [0, 0, 0], []
     for question, (member, in_use, spare, wanted) in enumerate(questions, 1):
         # A member has no more in use than it was given, and keeps what it uses and perhaps some more.
