@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 
+import pytest
 from pytest_twisted import ensureDeferred
 from sockets import Client, connected, listening, patiently, until
 from support import PATIENCE, read_all, running
@@ -30,6 +31,22 @@ from connlimit import Limiter
 from connlimit._forward import RelayFactory
 
 LOCAL = "tcp:0:interface=127.0.0.1"
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    metafunc.fixturenames.append("way")
+    metafunc.parametrize("way", ["in the kernel", "in Python"], indirect=True)
+
+
+@pytest.fixture
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """
+    Both ways in which bytes are moved, here and in programs that are run.
+    """
+    if request.param == "in Python":
+        monkeypatch.delattr("os.splice", raising=False)
+        (tmp_path / "sitecustomize.py").write_text("import os\nif hasattr(os, 'splice'): del os.splice\n")
+        monkeypatch.setenv("PYTHONPATH", str(tmp_path))
 
 
 @implementer(IHalfCloseableProtocol)

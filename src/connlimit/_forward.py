@@ -18,6 +18,7 @@ from twisted.python.failure import Failure
 from zope.interface import implementer
 
 from connlimit._sockets import can_half_close
+from connlimit._splice import can_splice, splice
 
 
 class RelayFactory(Factory):
@@ -55,6 +56,9 @@ class _End(Protocol):
     Each end's transport is the producer of the other's: a reader who stops reading stops the writer,
     and no more is held in between than a transport's buffer.
 
+    Between plain sockets the kernel moves the bytes. What it can't move then, for the moment or because it is
+    an end and no bytes, goes the ordinary way: read by the transport, received here, written to the other.
+
     :ivar other: the other end; None unless both are connected.
     :ivar said_all: whether the peer on this side has closed its direction.
     """
@@ -63,6 +67,25 @@ class _End(Protocol):
     transport: Any
     other: _End | None = None
     said_all = False
+
+    def join(self, other: _End) -> None:
+        """
+        Send all that comes from the peer on this side to the other side from now on.
+        """
+        self.other = other
+        self.transport.registerProducer(other.transport, True)
+        if can_splice(self.transport, other.transport):
+            # The reactor calls this for each event: the transport's own is called from there when needed.
+            self.transport.doRead = self._do_read
+
+    def _do_read(self) -> Any:
+        """
+        Be the ``doRead`` of our transport.
+        """
+        other = self.other
+        if other is not None and splice(self.transport, other.transport):
+            return None
+        return type(self.transport).doRead(self.transport)
 
     def dataReceived(self, data: bytes) -> None:
         if self.other is not None:
@@ -92,6 +115,7 @@ class _End(Protocol):
         """
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:
+        self.transport.__dict__.pop("doRead", None)  # nobody must hold the other any more
         other, self.other = self.other, None
         if other is not None:
             other.other = None
@@ -118,9 +142,8 @@ class _ClientEnd(_End):
 
     def _connected(self, backend: _End) -> None:
         self._connecting = None
-        self.other, backend.other = backend, self
-        self.transport.registerProducer(backend.transport, True)
-        backend.transport.registerProducer(self.transport, True)
+        self.join(backend)
+        backend.join(self)
         self.transport.resumeProducing()
 
     def _not_connected(self, failure: Failure) -> None:
