@@ -6,14 +6,14 @@ from __future__ import annotations
 
 import argparse
 
-from bench import interfaces, line, memory, processes, shared
+from bench import interfaces, line, memory, shared, workers
 
 BENCHMARKS = {
     "interfaces": interfaces.run,
     "line": line.run,
     "memory": memory.run,
-    "processes": processes.run,
     "shared": shared.run,
+    "workers": workers.run,
 }
 
 

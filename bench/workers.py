@@ -55,7 +55,7 @@ class Workers:
         self.processes = []
         for number in range(_WORKERS):
             given = sockets[number]
-            command = [sys.executable, "-m", "bench.processes", str(number), str(given.fileno()), way]
+            command = [sys.executable, "-m", "bench.workers", str(number), str(given.fileno()), way]
             self.processes.append(
                 subprocess.Popen(command, pass_fds=[given.fileno()], stdout=subprocess.PIPE, text=True)
             )
