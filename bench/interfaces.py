@@ -4,15 +4,16 @@ What it costs a connection that its protocol provides optional interfaces, which
 
 from __future__ import annotations
 
-import statistics
-import timeit
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from functools import partial
 
 from twisted.internet import interfaces
-from twisted.internet.protocol import Factory, Protocol, connectionDone
+from twisted.internet.protocol import Factory, Protocol
 from zope.interface import implementer
 
-from connlimit import Limiter, LimitingFactory
+from bench.life import WAYS, cost, life
+from bench.processes import in_turn
+from bench.results import Figure, Result, Table, ratio
 
 
 class Plain(Protocol):
@@ -37,47 +38,30 @@ class Everything(Protocol):
     """
 
 
-class Transport:
-    """
-    Stands for a transport, and costs nothing.
-    """
-
-    def connectionLost(self, reason: object) -> None: ...
-
-
-def life(factory: Factory) -> Callable[[], None]:
-    """
-    A connection's life without its data, as Twisted's transports call it.
-    """
-
-    def live() -> None:
-        protocol = factory.buildProtocol(None)
-        protocol.logPrefix()
-        protocol.makeConnection(Transport())
-        protocol.connectionLost(connectionDone)
-
-    return live
-
-
-def run(quick: bool) -> Iterator[str]:
+def run(quick: bool) -> Iterator[Result]:
     """
     Microseconds per connection for each kind of protocol, and the ratio to one that provides none.
     """
     rounds, number = (3, 200) if quick else (25, 4000)
     lives = {
-        protocol.__name__: (
-            life(Factory.forProtocol(protocol)),
-            life(LimitingFactory(Factory.forProtocol(protocol), Limiter(1))),
-        )
+        (protocol.__name__, way): life(WAYS[way](Factory.forProtocol(protocol)))
         for protocol in (Plain, HalfCloseable, Everything)
+        for way in ("bare", "connlimit")
     }
-    added: dict[str, list[float]] = {name: [] for name in lives}
-    for _ in range(rounds):
-        for name, (bare, limited) in lives.items():
-            cost = timeit.timeit(limited, number=number) - timeit.timeit(bare, number=number)
-            added[name].append(cost / number * 1e6)
-    yield "What limiting adds to a connection in memory, by the interfaces that its protocol provides"
-    plain = statistics.median(added["Plain"])
-    for name, costs in added.items():
-        cost = statistics.median(costs)
-        yield f"  {name:15} {cost:6.2f} us  {cost / plain:5.2f} x"
+    costs = in_turn(rounds, {key: partial(cost, live, number) for key, live in lives.items()})
+    added = {
+        name: [
+            limited - bare
+            for limited, bare in zip(costs[name, "connlimit"], costs[name, "bare"], strict=True)
+        ]
+        for name in (protocol.__name__ for protocol in (Plain, HalfCloseable, Everything))
+    }
+    table = Table(
+        "interfaces",
+        "What limiting adds to a connection in memory, by the interfaces that its protocol provides",
+        ("", "microseconds", "of one that provides none"),
+    )
+    for name, samples in added.items():
+        times = "" if name == "Plain" else ratio(samples, added["Plain"], "{:.2f}")
+        table.rows.append((name, Figure.of(samples, "{:.2f}"), times))
+    yield table

@@ -5,24 +5,25 @@ What it costs to arrive, to be served, to leave and to be refused, by how many w
 from __future__ import annotations
 
 import gc
-import os
 import random
-import resource
 import socket
-import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 from twisted.internet.address import IPv4Address
 from twisted.internet.task import Clock
 
+from bench.processes import Process, in_turn, raise_descriptor_limit
+from bench.results import Figure, Result, Table, at_most, ratio
 from connlimit import Limiter
 from connlimit._inert import Inert
 from connlimit._line import ORDERS
+
+#: What can happen to a connection.
+EVENTS = ("is accepted", "leaves", "is served", "is refused")
 
 
 class Waiting(Inert):
@@ -68,10 +69,10 @@ def cost(act: Callable[[Any], None], on: list[Any]) -> float:
     """
     gc.collect()
     gc.disable()
-    began = time.perf_counter()
+    began = time.process_time()
     for each in on:
         act(each)
-    took = time.perf_counter() - began
+    took = time.process_time() - began
     gc.enable()
     return took / len(on) * 1e6
 
@@ -83,7 +84,7 @@ def measure(count: int, acts: int, **settings: Any) -> dict[str, float]:
     choices = random.Random(1)
     crowd = Crowd(count, **settings)
     new = [Waiting() for _ in range(acts)]
-    result = {"arrives": cost(crowd.arrive, new)}
+    result = {"is accepted": cost(crowd.arrive, new)}
     leaving = choices.sample(crowd.waiting[1:], acts)
     result["leaves"] = cost(crowd.limiter.depart, leaving)
     result["is served"] = cost(lambda _: crowd.turn(), list(range(acts)))
@@ -92,71 +93,55 @@ def measure(count: int, acts: int, **settings: Any) -> dict[str, float]:
     return result
 
 
-def run(quick: bool) -> Iterator[str]:
+def run(quick: bool) -> Iterator[Result]:
     """
-    Microseconds for each event with a short and a long line, and their ratio.
+    Microseconds for each event with a short and a long line, and their ratio; and departures on real sockets.
     """
-    few, many, acts, rounds = (100, 500, 50, 3) if quick else (100, 15_000, 90, 25)
-    yield f"The line: cost of an event with {many} waiting, and how many times that with {few}"
+    counts, acts, rounds = ((100, 500), 50, 3) if quick else ((100, 1000, 15_000), 90, 25)
+    few, many = f"{counts[0]:,}", f"{counts[-1]:,}"
+    columns = ("order", "event", *(f"{count:,} wait" for count in counts), f"{many} to {few}", "aim")
+    table = Table("line", "What an event costs, in microseconds, by how many wait", columns, named=2)
     kinds: dict[str, dict[str, Any]] = {order: {"order": order} for order in ORDERS}
-    kinds["10,000 peers"] = {"max_per_peer": 1}
+    kinds[f"fifo, {many} peers"] = {"max_per_peer": 1}
+    aim = at_most(1.2)
     for kind, settings in kinds.items():
-        short: dict[str, list[float]] = {}
-        long: dict[str, list[float]] = {}
-        for _ in range(rounds):
-            for count, costs in ((few, short), (many, long)):
-                for event, value in measure(count, acts, **settings).items():
-                    costs.setdefault(event, []).append(value)
-        figures = [
-            f"{event} {statistics.median(long[event]):5.1f} us"
-            f" {statistics.median(a / b for a, b in zip(long[event], short[event], strict=True)):5.2f} x"
-            for event in long
-        ]
-        yield f"  {kind:12} " + "   ".join(figures)
-    yield from departures(quick)
+        samples = in_turn(
+            rounds,
+            {str(count): partial(measure, count, acts, **settings) for count in counts},
+        )
+        for event in EVENTS:
+            costs = {count: [sample[event] for sample in each] for count, each in samples.items()}
+            times = ratio(costs[str(counts[-1])], costs[str(counts[0])], "{:.2f}")
+            figures = [Figure.of(each, "{:.1f}") for each in costs.values()]
+            table.rows.append((kind, event, *figures, times, aim.judge(times)))
+    yield table
+    yield _departures(quick)
 
 
-def departures(quick: bool) -> Iterator[str]:
+def _departures(quick: bool) -> Result:
     """
     How soon a departure is noticed, and what the process uses while nothing happens.
     """
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    count, seconds = (200, 1) if quick else (min(15_000, hard * 3 // 4), 10)
-    process = subprocess.Popen(
-        [sys.executable, "-m", "bench.line", str(count)], stdout=subprocess.PIPE, text=True
-    )
-    assert process.stdout is not None
-    try:
-        port = int(process.stdout.readline())
-        clients = [socket.create_connection(("127.0.0.1", port)) for _ in range(count)]
-        process.stdout.readline()
-        before = cpu(process.pid)
-        time.sleep(seconds)
-        used = cpu(process.pid) - before
-        delays = []
-        for client in random.Random(1).sample(clients, 100):
-            closed = time.monotonic()
-            client.close()
-            delays.append((float(process.stdout.readline()) - closed) * 1000)
-        quartiles = statistics.quantiles(delays, n=4)
-        yield (
-            f"Departures, {count} waiting: noticed in {quartiles[1]:.2f} ms"
-            f" ({quartiles[0]:.2f} to {quartiles[2]:.2f})"
-        )
-        yield f"  while nothing happens for {seconds} s: {used * 1000:.0f} ms of CPU"
-    finally:
-        process.kill()
-        process.wait()
-        process.stdout.close()
-
-
-def cpu(pid: int) -> float:
-    """
-    Seconds of CPU that a process has used (Linux).
-    """
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    most = raise_descriptor_limit() * 3 // 4
+    counts, seconds = ((200,), 1) if quick else (tuple(c for c in (100, 1000, 15_000) if c <= most), 4)
+    columns = ("waiting", "noticed after, ms", f"CPU in {seconds} s in which nothing happens, ms")
+    table = Table("departures", "Clients that close their connection while they wait", columns)
+    for count in counts:
+        with Process([sys.executable, "-m", "bench.line", str(count)]) as process:
+            clients = [socket.create_connection(("127.0.0.1", process.port)) for _ in range(count)]
+            process.line()
+            before = process.cpu()
+            time.sleep(seconds)
+            used = process.cpu() - before
+            delays = []
+            for client in random.Random(1).sample(clients, 100):
+                closed = time.monotonic()
+                client.close()
+                delays.append((float(process.line()) - closed) * 1000)
+            for client in clients:
+                client.close()
+            table.rows.append((f"{count:,}", Figure.of(delays, "{:.2f}"), Figure.of([used * 1000], "{:.1f}")))
+    return table
 
 
 def serve(count: int) -> None:

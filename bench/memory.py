@@ -5,13 +5,16 @@ What memory a connection takes while it waits, beside a TCP limiter and inside T
 from __future__ import annotations
 
 import re
-import resource
 import socket
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
+
+from bench.processes import Missing, Process, in_turn, program, raise_descriptor_limit
+from bench.results import Figure, Note, Result, Table, ratio
 
 #: Each way to hold an idle connection; the first is what the others are compared with.
 WAYS = (
@@ -24,11 +27,11 @@ WAYS = (
 )
 
 
-def resident(process: subprocess.Popen[str]) -> int:
+def resident(process: Process) -> int:
     """
     Bytes of memory that the process holds (Linux).
     """
-    status = Path(f"/proc/{process.pid}/status").read_text()
+    status = Path(f"/proc/{process.process.pid}/status").read_text()
     return int(re.findall(r"VmRSS:\s+(\d+) kB", status)[0]) * 1024
 
 
@@ -36,18 +39,12 @@ def measure(way: str, clients: int, certificate: str) -> float:
     """
     Bytes of the server's memory for each client.
     """
-    command = [sys.executable, "-m", "bench.memory", way, certificate]
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    assert process.stdin is not None
-    assert process.stdout is not None
-    try:
-        port = int(process.stdout.readline())
+    with Process([sys.executable, "-m", "bench.memory", way, certificate]) as process:
 
         def connect(count: int) -> list[socket.socket]:
-            new = [socket.create_connection(("127.0.0.1", port)) for _ in range(count)]
-            process.stdin.write(f"{count}\n")
-            process.stdin.flush()
-            process.stdout.readline()
+            new = [socket.create_connection(("127.0.0.1", process.port)) for _ in range(count)]
+            process.tell(str(count))
+            process.line()
             return new
 
         first = connect(clients // 4)  # what is made once is there after these
@@ -57,37 +54,38 @@ def measure(way: str, clients: int, certificate: str) -> float:
         for client in first + rest:
             client.close()
         return (after - before) / clients
-    finally:
-        process.kill()
-        process.wait()
-        process.stdin.close()
-        process.stdout.close()
 
 
-def run(quick: bool) -> Iterator[str]:
+def run(quick: bool) -> Iterator[Result]:
     """
     Bytes per connection and ratios.
     """
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    clients = 200 if quick else min(5000, hard * 3 // 5)
-    yield f"Memory of the server per connection, {clients} of them"
+    clients = 200 if quick else min(5000, raise_descriptor_limit() * 3 // 5)
+    rounds = 1 if quick else 3
+    table = Table(
+        "memory", f"Memory of the server per connection, {clients:,} of them", ("", "bytes", "of bare, idle")
+    )
     with tempfile.TemporaryDirectory() as folder:
         certificate = str(Path(folder) / "server.pem")
         command = "req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=localhost"
-        done = subprocess.run(
-            ["openssl", *command.split(), "-keyout", certificate, "-out", f"{certificate}.crt"],
-            check=True,
-            capture_output=True,
-        )
-        assert done.returncode == 0
-        with open(certificate, "a") as file:
-            file.write(Path(f"{certificate}.crt").read_text())
-        first = 0.0
-        for way in WAYS:
-            size = measure(way, clients, certificate)
-            first = first or size
-            yield f"  {way:32} {size:7.0f} bytes  {size / first:5.2f} x"
+        try:
+            subprocess.run(
+                [program("openssl"), *command.split(), "-keyout", certificate, "-out", f"{certificate}.crt"],
+                check=True,
+                capture_output=True,
+            )
+        except Missing as missing:
+            yield Note(str(missing))
+            ways = [way for way in WAYS if "TLS" not in way]
+        else:
+            with open(certificate, "a") as file:
+                file.write(Path(f"{certificate}.crt").read_text())
+            ways = list(WAYS)
+        sizes = in_turn(rounds, {way: partial(measure, way, clients, certificate) for way in ways})
+    for way in ways:
+        times = "" if way == WAYS[0] else ratio(sizes[way], sizes[WAYS[0]], "{:.2f}")
+        table.rows.append((way, Figure.of(sizes[way]), times))
+    yield table
 
 
 def serve(way: str, certificate: str) -> None:
