@@ -19,7 +19,7 @@ from typing import Any
 from twisted.internet.protocol import Factory, Protocol
 
 from bench import life
-from bench.processes import LOAD_CPU, SERVER_CPU, Load, Missing, Process, in_turn, program, server
+from bench.processes import LOAD_CPU, SERVER_CPU, Load, Missing, Process, in_turn, program, server, settle
 from bench.results import Cell, Figure, Note, Result, Table, at_least, at_most, comparison, ratio
 from bench.serve import WAYS
 
@@ -106,7 +106,7 @@ def _http(quick: bool) -> Result:
             capture_output=True,
             text=True,
             check=True,
-            preexec_fn=lambda: os.sched_setaffinity(0, {LOAD_CPU}),
+            preexec_fn=settle(LOAD_CPU),
         )
         found = re.search(r"(\d+) requests in ([\d.]+)s", done.stdout)
         assert found is not None, done.stdout

@@ -4,6 +4,7 @@ Real servers and a load on CPUs of their own, measured in turn.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import resource
@@ -29,6 +30,9 @@ SERVER_CPU = _CPUS[0]
 
 #: The load runs here.
 LOAD_CPU = _CPUS[1 % len(_CPUS)]
+
+_LIBC = ctypes.CDLL(None)
+_PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 
 #: Seconds after which something that must happen does not.
 PATIENCE = 30.0
@@ -73,6 +77,18 @@ def raise_descriptor_limit() -> int:
     return hard
 
 
+def settle(cpu: int) -> Callable[[], None]:
+    """
+    What a new process does before it becomes a program: stay on a CPU, and end when this process does.
+    """
+
+    def settling() -> None:
+        os.sched_setaffinity(0, {cpu})
+        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+    return settling
+
+
 def free_port() -> int:
     """
     A port that nobody listens on.
@@ -88,7 +104,7 @@ class Process:
     :ivar port: where it listens, given or, if it prints that, read from it.
     """
 
-    def __init__(self, command: Sequence[str], cpu: int | None = SERVER_CPU, port: int | None = None) -> None:
+    def __init__(self, command: Sequence[str], cpu: int = SERVER_CPU, port: int | None = None) -> None:
         """
         :param port: where it is told to listen; if None, it prints the port itself.
         """
@@ -103,8 +119,7 @@ class Process:
             cwd=Path(__file__).parents[1],
             env={**os.environ, "PYTHONUNBUFFERED": "1"},
             start_new_session=True,
-            # Before there is a thread that could keep another CPU.
-            preexec_fn=None if cpu is None else lambda: os.sched_setaffinity(0, {cpu}),
+            preexec_fn=settle(cpu),
         )
         self.command = command
         self.port = int(self.line()) if port is None else port

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
-from bench.processes import LOAD_CPU, SERVER_CPU, free_port, in_turn, script
+from bench.processes import LOAD_CPU, SERVER_CPU, free_port, in_turn, script, settle
 from bench.results import Figure, Result, Table, at_most
 
 # What the modules that are given cost a process that has those of a Twisted server already.
@@ -63,7 +63,7 @@ def _import(modules: list[str]) -> dict[str, Any]:
         capture_output=True,
         text=True,
         check=True,
-        preexec_fn=lambda: os.sched_setaffinity(0, {SERVER_CPU}),
+        preexec_fn=settle(SERVER_CPU),
     )
     report: dict[str, Any] = json.loads(done.stdout)
     return report
@@ -145,7 +145,7 @@ def _start(command: list[str]) -> tuple[float, float]:
         stderr=subprocess.STDOUT,
         text=True,
         env={**os.environ, "PYTHONUNBUFFERED": "1"},
-        preexec_fn=lambda: os.sched_setaffinity(0, {LOAD_CPU}),
+        preexec_fn=settle(LOAD_CPU),
     )
     assert process.stdout is not None
     try:

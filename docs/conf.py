@@ -16,7 +16,7 @@ version = release = installed_version("connlimit")
 extensions = ["sphinx.ext.autodoc", "generated"]
 html_theme = "furo"
 default_role = "code"
-exclude_patterns = ["_build", "_extensions"]
+exclude_patterns = ["_build", "_extensions", "figures"]
 autodoc_member_order = "bysource"
 autodoc_typehints = "description"
 autodoc_default_options = {"members": True, "show-inheritance": True}
