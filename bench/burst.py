@@ -8,8 +8,9 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
+from functools import partial
 
-from bench.processes import Load, Process, free_port, raise_descriptor_limit, script
+from bench.processes import Load, Process, free_port, in_turn, raise_descriptor_limit, script
 from bench.results import Figure, Result, Table, at_most
 
 _PATIENCE = 8.0  # seconds; long enough for a third attempt
@@ -20,8 +21,8 @@ _COLUMNS = (
     "refused",
     "reset",
     "retried",
-    "aim of twistd connlimit",
-    "not answered in 8 s",
+    "aim",
+    "not answered",
     "last connected, ms",
     "last answered, ms",
 )
@@ -44,12 +45,18 @@ def run(quick: bool) -> Iterator[Result]:
         twistd = [script("twistd"), "--nodaemon", "--pidfile=", "connlimit", "--listen", where]
         twistd += ["--factory", "bench.serve:echo", "--max-connections", "10000"]
         servers = {
-            "Twisted, its backlog of 50": (stack.enter_context(Process([*serve, "bare", "50"])),),
-            "LimitingFactory, the same": (stack.enter_context(Process([*serve, "connlimit", "50"])),),
-            "twistd connlimit": (stack.enter_context(Process(twistd, port=port)),),
+            "Twisted, its backlog of 50": stack.enter_context(Process([*serve, "bare", "50"])),
+            "LimitingFactory, the same": stack.enter_context(Process([*serve, "connlimit", "50"])),
+            "twistd connlimit": stack.enter_context(Process(twistd, port=port)),
         }
         for crowd in crowds:
-            reports = load.in_turn("burst", rounds, servers, clients=crowd, patience=_PATIENCE)
+            reports = in_turn(
+                rounds,
+                {
+                    way: partial(load.run, "burst", server, clients=crowd, patience=_PATIENCE)
+                    for way, server in servers.items()
+                },
+            )
             for way, each in reports.items():
 
                 def figure(name: str, times: float = 1, each: list[dict[str, float]] = each) -> Figure:

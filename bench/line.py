@@ -97,7 +97,7 @@ def run(quick: bool) -> Iterator[Result]:
     """
     Microseconds for each event with a short and a long line, and their ratio; and departures on real sockets.
     """
-    counts, acts, rounds = ((100, 500), 50, 3) if quick else ((100, 1000, 15_000), 90, 25)
+    counts, acts, rounds = ((100, 500), 50, 3) if quick else ((100, 1000, 15_000), 90, 17)
     few, many = f"{counts[0]:,}", f"{counts[-1]:,}"
     columns = ("order", "event", *(f"{count:,} wait" for count in counts), f"{many} to {few}", "aim")
     table = Table("line", "What an event costs, in microseconds, by how many wait", columns, named=2)

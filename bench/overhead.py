@@ -19,20 +19,24 @@ from typing import Any
 from twisted.internet.protocol import Factory, Protocol
 
 from bench import life
-from bench.processes import LOAD_CPU, SERVER_CPU, Load, Missing, Process, in_turn, program, server, settle
+from bench.processes import (
+    CONNECTIONS,
+    LOAD_CPU,
+    MESSAGES,
+    SERVER_CPU,
+    Load,
+    Missing,
+    Process,
+    in_turn,
+    program,
+    server,
+    settle,
+)
 from bench.results import Cell, Figure, Note, Result, Table, at_least, at_most, comparison, ratio
 from bench.serve import WAYS
 
-_JOBS: dict[str, dict[str, Any]] = {
-    "messages": {"connections": 50, "size": 64},
-    "connections": {"at_once": 32},
-}
-_BARE = {"messages": at_least(0.99), "connections": at_least(0.97)}
-_UNITS = {"messages": "messages/s", "connections": "connections/s"}
-_CAPTIONS = {
-    "messages": "Messages of 64 bytes, echoed one at a time on each of 50 connections",
-    "connections": "Connections that last for one message and its echo, 32 at a time",
-}
+# How much of a bare server's rate is aimed at.
+_JOBS = {MESSAGES: 0.99, CONNECTIONS: 0.97}
 
 
 def run(quick: bool) -> Iterator[Result]:
@@ -69,8 +73,8 @@ def _echo(quick: bool) -> Iterator[Result]:
     An echo server, whose work is as little as can be.
     """
     # Two processes of one program differ by more than what is looked for, so each is started several times.
-    starts, rounds, seconds = (1, 1, 0.1) if quick else (6, 4, 0.25)
-    reports: dict[str, dict[str, list[Any]]] = {job: {} for job in _JOBS}
+    starts, rounds, seconds = (1, 1, 0.1) if quick else (5, 3, 0.25)
+    reports: dict[str, dict[str, list[Any]]] = {job.name: {} for job in _JOBS}
     broken: list[str] = []
     for _ in range(starts):
         with ExitStack() as stack:
@@ -78,14 +82,13 @@ def _echo(quick: bool) -> Iterator[Result]:
             started = {way: stack.enter_context(server("echo", way)) for way in WAYS if way not in broken}
             servers = {way: (process,) for way, process in started.items() if _serves(process)}
             broken += [way for way in started if way not in servers]
-            for job, arguments in _JOBS.items():
-                found = load.in_turn(job, rounds, servers, seconds=seconds, **arguments)
-                for way, samples in found.items():
-                    reports[job].setdefault(way, []).extend(samples)
-    for job, by_way in reports.items():
+            for job in _JOBS:
+                for way, samples in load.in_turn(job, rounds, servers, seconds).items():
+                    reports[job.name].setdefault(way, []).extend(samples)
+    for job, of_bare in _JOBS.items():
         # Any of the policies is a peer: what limits more must not cost more.
-        aims = {way: _BARE[job] if way == "bare" else at_least(1) for way in by_way}
-        yield comparison(f"overhead-{job}", _CAPTIONS[job], _UNITS[job], by_way, aims)
+        aims = {way: at_least(of_bare if way == "bare" else 1) for way in servers}
+        yield comparison(f"overhead-{job.name}", job.caption, job.unit, reports[job.name], aims)
     for way in broken:
         yield Note(f"{way} of this Twisted serves nobody, so it is left out.")
 
@@ -95,7 +98,7 @@ def _http(quick: bool) -> Result:
     A web site, by requests on open connections.
     """
     wrk = program("wrk")
-    rounds = 1 if quick else 7
+    rounds = 1 if quick else 5
     ways = ("bare", "connlimit", "ThrottlingFactory")
 
     def measure(process: Process) -> dict[str, float]:
@@ -147,7 +150,7 @@ def _instructions(quick: bool) -> Result:
     """
     valgrind = program("valgrind")
     # The first connections warm the interpreter up; the difference of two counts leaves them out.
-    counts = (200, 400) if quick else (2000, 6000)
+    counts = (200, 400) if quick else (1000, 3000)
 
     def count(job: tuple[str, int]) -> int:
         way, number = job
@@ -184,7 +187,7 @@ def _added_table(name: str, caption: str, unit: str, form: str, costs: dict[str,
     What each way costs, and what it adds to the bare one if that was measured, too.
     """
     aim = at_most(0.6)
-    columns = ("", f"{unit} in all", "added to bare", "times what ThrottlingFactory adds", "aim of connlimit")
+    columns = ("", f"{unit} in all", "added to bare", "times what ThrottlingFactory adds", "aim")
     table = Table(name, caption, columns)
     added = {
         way: [cost - bare for cost, bare in zip(samples, costs["bare"], strict=True)]

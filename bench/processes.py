@@ -21,6 +21,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import attrs
+
 from bench.load import cpu_seconds
 
 _CPUS = sorted(os.sched_getaffinity(0))
@@ -193,6 +195,38 @@ def server(kind: str, way: str) -> Process:
     return Process([sys.executable, "-m", "bench.serve", kind, way])
 
 
+@attrs.frozen(eq=False)
+class Job:
+    """
+    Something that servers are compared in.
+
+    :ivar name: the job of `bench.load`.
+    :ivar caption: what it is.
+    :ivar unit: what is counted in a second, so many of what the load counts.
+    """
+
+    name: str
+    caption: str
+    arguments: Mapping[str, Any]
+    unit: str
+    per_unit: float = 1
+
+
+MESSAGES = Job(
+    "messages",
+    "Messages of 64 bytes, echoed one at a time on each of 50 connections",
+    {"connections": 50, "size": 64},
+    "messages/s",
+)
+
+CONNECTIONS = Job(
+    "connections",
+    "Connections that last for one message and its echo, 32 at a time",
+    {"at_once": 32},
+    "connections/s",
+)
+
+
 class Load(Process):
     """
     The load generator, `bench.load`, which does one job after the other.
@@ -214,15 +248,16 @@ class Load(Process):
         return report
 
     def in_turn(
-        self, job: str, rounds: int, servers: Mapping[str, Sequence[Process]], **arguments: Any
+        self, job: Job, rounds: int, servers: Mapping[str, Sequence[Process]], seconds: float
     ) -> dict[str, list[dict[str, Any]]]:
         """
-        Do the job with each of the servers in turn.
+        Do the job with each of the servers in turn, in windows of some seconds.
 
         :param servers: each server with those behind it.
         """
+        arguments = {"seconds": seconds, **job.arguments}
         return in_turn(
-            rounds, {way: partial(self.run, job, *each, **arguments) for way, each in servers.items()}
+            rounds, {way: partial(self.run, job.name, *each, **arguments) for way, each in servers.items()}
         )
 
 

@@ -63,6 +63,8 @@ class Verdict:
 class Aim:
     """
     What a figure is meant to be.
+
+    :ivar sense: ``>=`` or ``<=``.
     """
 
     sense: str
@@ -72,7 +74,7 @@ class Aim:
         """
         Whether the median is that.
         """
-        met = figure.median >= self.bound if self.sense == "at least" else figure.median <= self.bound
+        met = figure.median >= self.bound if self.sense == ">=" else figure.median <= self.bound
         return Verdict(f"{self.sense} {self.bound:g}", met, figure)
 
 
@@ -80,14 +82,14 @@ def at_least(bound: float) -> Aim:
     """
     An aim that is met by the bound and all above.
     """
-    return Aim("at least", bound)
+    return Aim(">=", bound)
 
 
 def at_most(bound: float) -> Aim:
     """
     An aim that is met by the bound and all below.
     """
-    return Aim("at most", bound)
+    return Aim("<=", bound)
 
 
 Cell = str | Figure | Verdict
@@ -181,16 +183,19 @@ def comparison(
     :param aims: what the subject's rate is meant to be, in those of others.
     :param scale: by what the rates are divided.
     """
-    columns = ("", unit, "CPU used", f"{unit} of CPU", f"{subject}, times that", f"aim of {subject}")
-    table = Table(name, caption, columns)
+    columns = ["", unit, "CPU used", f"{subject}, times that"]
+    table = Table(name, caption, columns + ["aim"] * bool(aims))
     by_cpu = {
-        way: [report["rate"] / scale * report["seconds"] / report["cpu"] for report in each]
+        way: [report["rate"] * report["seconds"] / report["cpu"] for report in each]
         for way, each in reports.items()
     }
     for way, each in reports.items():
         used = sum(report["cpu"] for report in each) / sum(report["seconds"] for report in each)
-        times = "" if way == subject else ratio(by_cpu[subject], by_cpu[way])
-        aim = aims[way].judge(times) if isinstance(times, Figure) and way in aims else ""
         rate = Figure.of([report["rate"] / scale for report in each])
-        table.rows.append((way, rate, f"{used:.2f}", Figure.of(by_cpu[way]), times, aim))
+        cells: list[Cell] = [way, rate, f"{used:.2f}", "", ""]
+        if way != subject:
+            cells[3] = times = ratio(by_cpu[subject], by_cpu[way])
+            if way in aims:
+                cells[4] = aims[way].judge(times)
+        table.rows.append(cells[: len(table.columns)])
     return table

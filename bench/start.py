@@ -15,7 +15,11 @@ from functools import partial
 from typing import Any
 
 from bench.processes import LOAD_CPU, SERVER_CPU, free_port, in_turn, script, settle
-from bench.results import Figure, Result, Table, at_most
+from bench.results import Cell, Figure, Result, Table, at_most
+
+# What is installed has been compiled, so what is imported from a clone may be, too.
+_ENVIRONMENT = {**os.environ, "PYTHONUNBUFFERED": "1"}
+_ENVIRONMENT.pop("PYTHONDONTWRITEBYTECODE", None)
 
 # What the modules that are given cost a process that has those of a Twisted server already.
 _IMPORT = """
@@ -63,6 +67,7 @@ def _import(modules: list[str]) -> dict[str, Any]:
         capture_output=True,
         text=True,
         check=True,
+        env=_ENVIRONMENT,
         preexec_fn=settle(SERVER_CPU),
     )
     report: dict[str, Any] = json.loads(done.stdout)
@@ -78,33 +83,27 @@ def _imports(rounds: int) -> Result:
         rounds,
         {
             "connlimit": partial(_import, ["connlimit"]),
-            "what it needs of Twisted": partial(_import, twisted),
+            "what that needs of Twisted": partial(_import, twisted),
         },
     )
-    columns = ("", "CPU, ms", "aim", "memory, MB", "aim", "besides Twisted and what that needs")
+    columns = ("", "CPU, ms", "aim", "memory, MB", "packages besides Twisted's")
     table = Table(
         "start-import",
         "Importing, in a process that has imported Twisted's reactor, endpoints and protocol",
         columns,
     )
 
-    def figures(what: str, scale: float) -> dict[str, list[float]]:
-        return {way: [report[what] / scale for report in each] for way, each in reports.items()}
+    def samples(what: str, scale: float) -> list[list[float]]:
+        both = [[report[what] / scale for report in each] for each in reports.values()]
+        return [*both, [all_of_it - part for all_of_it, part in zip(*both, strict=True)]]
 
-    seconds, memory = figures("seconds", 1e-3), figures("bytes", 1e6)
-    for name, samples in seconds.items():
-        ours = name == "connlimit"
-        took = Figure.of(samples, "{:.1f}")
-        table.rows.append(
-            (
-                name,
-                took,
-                at_most(20).judge(took) if ours else "",
-                Figure.of(memory[name], "{:.1f}"),
-                "",
-                (", ".join(foreign) or "nothing") if ours else "",
-            )
-        )
+    rows = zip((*reports, "above that"), samples("seconds", 1e-3), samples("bytes", 1e6), strict=True)
+    for name, seconds, memory in rows:
+        took = Figure.of(seconds, "{:.1f}")
+        cells: list[Cell] = [name, took, "", Figure.of(memory, "{:.1f}"), ""]
+        if name == "above that":
+            cells[2], cells[4] = at_most(20).judge(took), ", ".join(foreign) or "none"
+        table.rows.append(cells)
     return table
 
 
@@ -144,7 +143,7 @@ def _start(command: list[str]) -> tuple[float, float]:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+        env=_ENVIRONMENT,
         preexec_fn=settle(LOAD_CPU),
     )
     assert process.stdout is not None
