@@ -13,6 +13,7 @@ import os
 import random
 import resource
 import select
+import signal
 import socket
 import sys
 import time
@@ -23,6 +24,8 @@ from typing import Any
 
 #: Seconds of each window that are not counted.
 WARM_UP = 0.03
+
+_PATIENCE = 60  # seconds
 
 # What is received at once.
 _BUFFER = bytearray(1 << 18)
@@ -369,7 +372,10 @@ def main() -> None:
     print(0, flush=True)  # where a server prints its port
     for line in sys.stdin:
         job = json.loads(line)
-        print(json.dumps(JOBS[job.pop("job")](**job)), flush=True)
+        signal.alarm(_PATIENCE)  # a server that is stuck must not keep us for ever
+        report = JOBS[job.pop("job")](**job)
+        signal.alarm(0)
+        print(json.dumps(report), flush=True)
 
 
 if __name__ == "__main__":

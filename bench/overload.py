@@ -62,10 +62,10 @@ class Run:
     """
 
     def __init__(self, report: dict[str, Any], told: dict[str, list[float]], warm_up: float) -> None:
-        self.answers = [answer for answer in report["answers"] if answer[0] >= warm_up]
+        self.answers = report["answers"]
         # What comes when nobody new does is no overload any more.
         self.end = report["arrivals"][-1] if report["arrivals"] else warm_up
-        self.served = [answer for answer in self.answers if answer[0] <= self.end]
+        self.served = [answer for answer in self.answers if warm_up <= answer[0] <= self.end]
         self.goodput = len(self.served) / (self.end - warm_up)
         began = report["began"]
         self.accepted = [moment - began for moment in told["accepted"]]

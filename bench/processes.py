@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import attrs
 
@@ -32,6 +32,9 @@ SERVER_CPU = _CPUS[0]
 
 #: The load runs here.
 LOAD_CPU = _CPUS[1 % len(_CPUS)]
+
+K = TypeVar("K")
+P = TypeVar("P", bound="Process")
 
 _LIBC = ctypes.CDLL(None)
 _PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
@@ -55,12 +58,11 @@ def program(name: str) -> str:
     """
     # Where Debian has servers, which is not on everybody's path.
     path = shutil.which(name, path=f"{os.environ.get('PATH', '')}:/usr/sbin:/usr/local/sbin")
-    if path is None:
-        sentence = f"{name} is not installed, so what is compared with it is left out"
-        if os.environ.get("CONNLIMIT_REQUIRE_PROGRAMS"):
-            raise SystemExit(f"bench: {name} is not installed, and CONNLIMIT_REQUIRE_PROGRAMS is set")
-        raise Missing(sentence)
-    return path
+    if path is not None:
+        return path
+    if os.environ.get("CONNLIMIT_REQUIRE_PROGRAMS"):
+        raise SystemExit(f"bench: {name} is not installed, and CONNLIMIT_REQUIRE_PROGRAMS is set")
+    raise Missing(f"{name} is not installed, so what is compared with it is left out.")
 
 
 def script(name: str) -> str:
@@ -165,7 +167,7 @@ class Process:
                 with suppress(BrokenPipeError):
                     pipe.close()
 
-    def __enter__(self) -> Process:
+    def __enter__(self: P) -> P:
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -261,14 +263,14 @@ class Load(Process):
         )
 
 
-def in_turn(rounds: int, ways: Mapping[str, Callable[[], Any]]) -> dict[str, list[Any]]:
+def in_turn(rounds: int, ways: Mapping[K, Callable[[], Any]]) -> dict[K, list[Any]]:
     """
     Measure all ways in each round, every round beginning with another one.
 
     What else the machine does meanwhile falls on all of them alike.
     """
     names = list(ways)
-    samples: dict[str, list[Any]] = {name: [] for name in names}
+    samples: dict[K, list[Any]] = {name: [] for name in names}
     for number in range(rounds):
         first = number % len(names)
         for name in names[first:] + names[:first]:

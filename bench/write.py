@@ -159,10 +159,10 @@ def _draw(file: Path, plot: Plot) -> None:
         for axes, (title, curves) in zip(all_axes.flat, plot.panels.items(), strict=False):
             axes.set_title(title)
             axes.set_yscale("symlog", linthresh=10)
-            axes.set_ylim(bottom=0)
             axes.grid(alpha=0.3)
             for (label, curve), style in zip(curves.items(), ("-", "--", ":"), strict=False):
                 axes.plot(curve.x, curve.y, style, label=label)
+        all_axes.flat[0].set_ylim(bottom=0)
         for axes in all_axes.flat[len(plot.panels) :]:
             axes.set_visible(False)
         figure.supxlabel(plot.x)

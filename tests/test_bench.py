@@ -53,7 +53,7 @@ def test_an_unknown_name_is_one_sentence() -> None:
 
 def test_what_is_compared_with_a_program_that_is_missing_is_left_out() -> None:
     done = python("-c", LOOK)
-    assert done.stdout == "nonsense is not installed, so what is compared with it is left out\n"
+    assert done.stdout == "nonsense is not installed, so what is compared with it is left out.\n"
 
 
 def test_a_program_that_must_be_there_is_not_left_out() -> None:
