@@ -49,20 +49,28 @@ class Missing(Exception):
     """
 
 
+def missing(name: str) -> Missing:
+    """
+    The exception for something that is not installed and need not be.
+
+    :raises SystemExit: if it must be.
+    """
+    if os.environ.get("CONNLIMIT_REQUIRE_PROGRAMS"):
+        raise SystemExit(f"bench: {name} is not installed, and CONNLIMIT_REQUIRE_PROGRAMS is set")
+    return Missing(f"{name} is not installed, so what is compared with it is left out.")
+
+
 def program(name: str) -> str:
     """
     The path of a real program.
 
     :raises Missing: if there is none, and there need not be.
-    :raises SystemExit: if there must be.
     """
     # Where Debian has servers, which is not on everybody's path.
     path = shutil.which(name, path=f"{os.environ.get('PATH', '')}:/usr/sbin:/usr/local/sbin")
-    if path is not None:
-        return path
-    if os.environ.get("CONNLIMIT_REQUIRE_PROGRAMS"):
-        raise SystemExit(f"bench: {name} is not installed, and CONNLIMIT_REQUIRE_PROGRAMS is set")
-    raise Missing(f"{name} is not installed, so what is compared with it is left out.")
+    if path is None:
+        raise missing(name)
+    return path
 
 
 def script(name: str) -> str:

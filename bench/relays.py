@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from bench.processes import Process, free_port, program, script
+from bench.processes import Process, free_port, missing, program, script
 
 #: More than any load connects.
 CROWD = 1000
@@ -30,7 +30,7 @@ listen relay
 """
 
 _NGINX = """
-load_module modules/ngx_stream_module.so;
+load_module {module};
 worker_processes 1;
 pid {folder}/nginx.pid;
 error_log {folder}/error.log;
@@ -54,12 +54,17 @@ def _haproxy(port: int, backend: int, folder: Path) -> list[str]:
     return [program("haproxy"), "-f", str(config)]
 
 
+# Where Debian has it.
+_STREAM = Path("/usr/lib/nginx/modules/ngx_stream_module.so")
+
+
 def _nginx(port: int, backend: int, folder: Path) -> list[str]:
-    config = folder / "nginx.conf"
-    config.write_text(_NGINX.format(port=port, backend=backend, folder=folder, crowd=CROWD))
-    # Debian's modules lie beside its configuration.
-    command = [program("nginx"), "-c", str(config), "-e", str(folder / "error.log")]
-    return [*command, "-p", "/usr/share/nginx", "-g", "daemon off;"]
+    command = [program("nginx"), "-c", str(folder / "nginx.conf"), "-e", str(folder / "error.log")]
+    if not _STREAM.exists():
+        raise missing("nginx's stream module")
+    config = _NGINX.format(module=_STREAM, port=port, backend=backend, folder=folder, crowd=CROWD)
+    (folder / "nginx.conf").write_text(config)
+    return [*command, "-p", str(folder), "-g", "daemon off;"]
 
 
 def _socat(port: int, backend: int, folder: Path) -> list[str]:
