@@ -67,6 +67,7 @@ class Run:
         self.end = report["arrivals"][-1] if report["arrivals"] else warm_up
         self.served = [answer for answer in self.answers if warm_up <= answer[0] <= self.end]
         self.goodput = len(self.served) / (self.end - warm_up)
+        self.by_cpu = self.goodput / (report["cpu"] / report["seconds"])
         began = report["began"]
         self.accepted = [moment - began for moment in told["accepted"]]
         self.finished = [moment - began for moment in told["finished"]]
@@ -96,7 +97,7 @@ def run(quick: bool) -> Iterator[Result]:
 
 def _measure(load: Load, way: str, work: str, last: str, seconds: float, warm_up: float) -> tuple[float, Run]:
     """
-    What a server can do, and what it does with ten times that.
+    What a server can do in a second of CPU, and what it does with ten times that.
     """
     requests = _LAST[last]
     with Process([sys.executable, "-m", "bench.overload", way, work, str(requests)]) as process:
@@ -104,7 +105,7 @@ def _measure(load: Load, way: str, work: str, last: str, seconds: float, warm_up
             report = load.run("connections", process, at_once=LIMIT, seconds=0.5)
         else:
             report = load.run("messages", process, connections=LIMIT, size=8, seconds=0.5)
-        capacity = report["rate"]
+        capacity = report["rate"] / (report["cpu"] / report["seconds"])
         process.tell("forget")
         process.line()
         report = load.run(
@@ -113,6 +114,7 @@ def _measure(load: Load, way: str, work: str, last: str, seconds: float, warm_up
             rate=_OVERLOAD / COST / requests,
             requests=requests,
             seconds=seconds,
+            warm_up=warm_up,
             patience=PATIENCE,
         )
         process.tell("report")
@@ -154,7 +156,7 @@ def _tables(work: str, last: str, caption: str, runs: dict[str, list[tuple[float
     for way, samples in runs.items():
         each = [run for _, run in samples]
         limited = WAYS[way] is not None
-        share = ratio([run.goodput for run in each], [capacity for capacity, _ in samples])
+        share = ratio([run.by_cpu for run in each], [capacity for capacity, _ in samples])
         admitted = _milliseconds([[answer[2] for answer in run.served] for run in each], 99)
         table.rows.append(
             (
