@@ -18,7 +18,7 @@ from typing import Any
 
 import attrs
 
-from bench.results import Note, Plot, Result, Table
+from bench.results import Plot, Result, Table
 
 _FILE = "measurements.json"
 
@@ -81,8 +81,7 @@ def write(folder: Path, name: str, results: Sequence[Result]) -> None:
         elif isinstance(result, Plot):
             (folder / f"{result.name}-plot.rst").write_text(_figure(folder, result))
             _draw(folder / f"{result.name}.svg", result)
-    notes = [f"{result.text}\n" for result in results if isinstance(result, Note)]
-    (folder / f"{name}-notes.rst").write_text("\n".join(notes))
+    (folder / "notes.rst").write_text("\n".join(_notes(known["benchmarks"])) + "\n")
     (folder / "machine.rst").write_text(_machine(known))
     (folder / "missed.rst").write_text("\n".join(_missed(known["benchmarks"])) + "\n")
 
@@ -120,6 +119,17 @@ def _machine(known: Mapping[str, Any]) -> str:
     dates = sorted({each["date"] for each in known["benchmarks"].values()})
     facts = {**known["machine"], "Measured": dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"}
     return "\n".join([".. list-table::", "   :stub-columns: 1", "", *_listed(list(facts.items()))]) + "\n"
+
+
+def _notes(benchmarks: Mapping[str, Any]) -> Iterator[str]:
+    """
+    What the benchmarks have to say besides, as a list.
+    """
+    notes = [each for one in benchmarks.values() for each in one["results"] if each["kind"] == "note"]
+    # Several miss the same program.
+    yield from dict.fromkeys(f"- {note['text']}" for note in notes)
+    if not notes:
+        yield "Nothing is left out."
 
 
 def _missed(benchmarks: Mapping[str, Any]) -> Iterator[str]:
