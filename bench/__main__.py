@@ -18,7 +18,10 @@ from bench import (
     overload,
     proxies,
     relay,
+    semaphores,
+    shared,
     start,
+    workers,
     write,
 )
 from bench.results import Result
@@ -33,6 +36,9 @@ BENCHMARKS: dict[str, Callable[[bool], Iterator[Result]]] = {
     "overload": overload.run,
     "burst": burst.run,
     "start": start.run,
+    "shared": shared.run,
+    "workers": workers.run,
+    "semaphores": semaphores.run,
 }
 
 

