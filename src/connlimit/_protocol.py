@@ -128,17 +128,17 @@ class DelegatingProtocol:  # type: ignore[misc]  # connectionMade is for makeCon
         finally:
             self.factory.limiter.finish(self)
 
-    def _transport_lost(self, *reason: Failure) -> None:
+    def _transport_lost(self, reason: Failure = connectionDone) -> None:
         """
         Be the ``connectionLost`` of our transport: it is over, whoever has its events.
         """
         try:
             if self._outer_connection_lost is not None:
-                self._outer_connection_lost(*reason)
+                self._outer_connection_lost(reason)
             else:
                 transport = self.transport
                 del transport.connectionLost
-                transport.connectionLost(*reason)
+                transport.connectionLost(reason)
         finally:
             if self.connected:
                 self.connected = 0
