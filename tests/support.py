@@ -215,6 +215,16 @@ class Log:
         return [formatEvent(event) for event in self.events if event["log_namespace"].startswith("connlimit")]
 
 
+def page_until(browser: object, words: str) -> None:
+    """
+    Wait until a browser shows these words.
+    """
+    began = time.monotonic()
+    while words not in browser.find_element("css selector", "body").text:
+        assert time.monotonic() - began < PATIENCE, browser.find_element("css selector", "body").text
+        time.sleep(0.1)
+
+
 def make_certificate(folder: Path) -> Path:
     """
     Make a private key and its certificate for localhost, both in one file.

@@ -14,10 +14,11 @@ import threading
 import time
 from contextlib import closing
 from pathlib import Path
+from urllib.parse import quote
 
 import pytest
-from support import PATIENCE, failing, free_port, running, twistd_command
-from test_semaphores_http import FILE, Server, in_thread, ours, wait_until_pending
+from support import PATIENCE, failing, free_port, page_until, running, twistd_command
+from test_semaphores_http import Server, in_thread, ours, wait_until_pending
 
 
 def test_it_starts_without_a_file_and_says_so(tmp_path: Path) -> None:
@@ -168,19 +169,39 @@ def test_the_status_page_shows_who_holds_what(tmp_path: Path) -> None:
         assert status.ask("GET", "/metrics")[0] in (200, 501)
 
 
+def test_in_a_browser_semaphores_are_shown_by_the_server_and_by_its_status_page(
+    browser: object, tmp_path: Path
+) -> None:
+    port = free_port()
+    with ours(tmp_path, "--status", f"tcp:{port}:interface=127.0.0.1") as server:
+        holder, waiter = server.new_peer(), server.new_peer()
+        server.acquire(holder, "C")
+        server.acquire(waiter, "C")
+        browser.get(f"http://127.0.0.1:{server.port}/")
+        page_until(browser, "C 1 2 1 1")  # full count, level, acquired, pending
+        assert browser.get_log("browser") == []
+        browser.get(f"http://127.0.0.1:{port}/")
+        page_until(browser, "live")
+        page_until(browser, "1 acquired of 1")
+        page_until(browser, str(holder))
+        server.release(waiter, "C")
+        server.release(holder, "C")
+        page_until(browser, "0 acquired of 1")
+        assert browser.get_log("browser") == []
+
+
 def test_many_peers_share_semaphores_through_a_restart_and_nobody_is_forgotten(tmp_path: Path) -> None:
     """
-    Two hundred peers take and give back locks at random while the server is killed and started again. What
-    they hold by their own account never exceeds what there is.
+    Two hundred peers take and give back locks at random, some go away without a word, and the server
+    is killed and started again in between. What they hold by their own account never exceeds what there is.
     """
     port = free_port()
-    arguments = "--grace", "500ms"
     full = {"A": 5, "/&": 2}
     lock = threading.Lock()
     held = dict.fromkeys(full, 0)
     most = dict.fromkeys(full, 0)
     failures: list[str] = []
-    served = [0]
+    counts = {"served": 0, "restored": 0, "expired": 0}
     halfway, ended = threading.Event(), threading.Event()
 
     def client(number: int) -> None:
@@ -191,40 +212,52 @@ def test_many_peers_share_semaphores_through_a_restart_and_nobody_is_forgotten(t
             while True:
                 try:
                     return server.ask(method, path, body)
-                except OSError:
+                except (OSError, http.client.HTTPException):
                     if ended.wait(0.05):
                         raise
-                except http.client.HTTPException:
-                    ended.wait(0.05)
+
+        def restore(peer: int, acquired: dict[str, int]) -> None:
+            body = {"expires_in": "60s", "peer_id": peer, "acquired": acquired}
+            assert ask("POST", "/restore", body) == (200, "Ok")
+            with lock:
+                counts["restored"] += len(acquired)
+
+        def use(peer: int, name: str, count: int, vanishes: bool) -> None:
+            path = f"/peers/{peer}/{quote(name, safe='')}"
+            expires_in = "60s" if not vanishes else "1500ms"
+            while True:
+                status, text = ask("PUT", f"{path}?expires_in={expires_in}&block_for=1s", count)
+                if status == 200:
+                    break
+                if status == 400 and text == "Unknown peer":
+                    restore(peer, {})
+                else:
+                    assert status == 202, text
+            with lock:
+                held[name] += count
+                most[name] = max(most[name], held[name])
+                counts["served"] += 1
+                if counts["served"] == 150:
+                    halfway.set()
+            time.sleep(choose.random() * 0.02)
+            if not vanishes and ask("PUT", f"/peers/{peer}", {"expires_in": "60s"})[0] == 400:
+                restore(peer, {name: count})
+            with lock:
+                held[name] -= count
+            if vanishes:
+                with lock:
+                    counts["expired"] += 1
+            else:
+                assert ask("DELETE", path) == (200, "Ok")
 
         try:
-            peer = int(ask("POST", "/new_peer", {"expires_in": "60s"})[1])
-            for _ in range(2):
+            for turn in range(2):
+                vanishes = turn == 1 and number % 20 == 0
+                peer = int(ask("POST", "/new_peer", {"expires_in": "60s"})[1])
                 name = choose.choice(sorted(full))
-                count = choose.randint(1, full[name])
-                path = f"/peers/{peer}/{name.replace('/', '%2F').replace('&', '%26')}"
-                while True:
-                    status, text = ask("PUT", f"{path}?expires_in=60s&block_for=2s", count)
-                    if status == 400 and text == "Unknown peer":
-                        ask("POST", "/restore", {"expires_in": "60s", "peer_id": peer, "acquired": {}})
-                    elif status == 200:
-                        break
-                    elif status != 202:
-                        raise AssertionError(f"{status} {text}")
-                with lock:
-                    held[name] += count
-                    most[name] = max(most[name], held[name])
-                    served[0] += 1
-                    if served[0] == 150:
-                        halfway.set()
-                time.sleep(choose.random() * 0.01)
-                with lock:
-                    held[name] -= count
-                status, text = ask("DELETE", path)
-                if status == 400:  # the server that knew of the lock is no more
-                    assert text == "Unknown peer"
-                    ask("POST", "/restore", {"expires_in": "60s", "peer_id": peer, "acquired": {}})
-            ask("DELETE", f"/peers/{peer}")
+                use(peer, name, choose.randint(1, full[name]), vanishes)
+                if not vanishes:
+                    ask("DELETE", f"/peers/{peer}")
         except Exception as error:
             failures.append(repr(error))
 
@@ -235,14 +268,17 @@ def test_many_peers_share_semaphores_through_a_restart_and_nobody_is_forgotten(t
         assert halfway.wait(PATIENCE)
         server.program.process.kill()
         server.program.process.wait()
-        # Those who hold something now release it within the grace of the next server.
-    with ours(tmp_path, *arguments, port=port) as server:
+    with ours(tmp_path, "--grace", "2s", port=port) as server:
         for each in clients:
             each.join(PATIENCE * 2)
         assert not failures
-        assert served[0] == 400
-        assert server.ask("GET", "/peers/") == (200, "[]")
+        assert (counts["served"], counts["expired"]) == (400, 10)
+        assert counts["restored"]
+        began = time.monotonic()
+        while server.ask("GET", "/peers/") != (200, "[]"):
+            assert time.monotonic() - began < PATIENCE
+            time.sleep(0.05)
         assert server.ask("GET", "/remainder?semaphore=A") == (200, "5")
+        assert server.ask("GET", "/remainder?semaphore=%2F%26") == (200, "2")
     ended.set()
     assert most == full
-    assert FILE.count("A = 5") == 1

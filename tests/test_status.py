@@ -18,7 +18,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from support import ECHO, PATIENCE, Program, free_port, require_program, running
+from support import ECHO, PATIENCE, Program, free_port, page_until, require_program, running
 from twisted.internet.address import IPv4Address, IPv6Address, UNIXAddress
 from twisted.internet.task import Clock
 
@@ -329,29 +329,6 @@ def test_a_chart_shows_ten_minutes_at_most() -> None:
     assert len(watch.samples) == 600
     assert _html._points([0] * 600, 1).count(" ") == 199
     assert _html._points([], 1) == ""
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[object]:
-    """
-    A real browser.
-    """
-    webdriver = pytest.importorskip("selenium.webdriver")
-    options = webdriver.ChromeOptions()
-    options.binary_location = require_program("chromium")
-    for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--window-size=900,900"):
-        options.add_argument(argument)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    driver = webdriver.Chrome(options, webdriver.ChromeService(require_program("chromedriver")))
-    yield driver
-    driver.quit()
-
-
-def page_until(browser: object, words: str) -> None:
-    began = time.monotonic()
-    while words not in browser.find_element("css selector", "body").text:
-        assert time.monotonic() - began < PATIENCE, browser.find_element("css selector", "body").text
-        time.sleep(0.1)
 
 
 def test_in_a_browser_the_numbers_move_and_survive_a_restart(browser: object, tmp_path: Path) -> None:
