@@ -14,11 +14,11 @@ from pathlib import Path
 import pytest
 from fakes import ApplicationError, RecordingFactory
 from pytest_twisted import ensureDeferred
-from sockets import connected, listening, patiently, until
+from sockets import Client, connected, listening, patiently, until
 from support import Log, talk_tls
 from twisted.internet import reactor
 from twisted.internet.endpoints import TCP4ServerEndpoint, wrapServerTLS
-from twisted.internet.interfaces import IHalfCloseableProtocol, IHandshakeListener
+from twisted.internet.interfaces import IHalfCloseableProtocol, IHandshakeListener, IListeningPort
 from twisted.internet.protocol import Factory, Protocol
 from twisted.internet.threads import deferToThread
 from twisted.protocols.policies import ThrottlingFactory, TimeoutFactory, WrappingFactory
@@ -283,15 +283,23 @@ async def test_nested_with_other_wrapping_factories_it_loses_no_slot(nesting: st
     await patiently(port.stopListening())
 
 
-@pytest.mark.parametrize("nesting", [name for name in NESTINGS if name.startswith("around")])
-@ensureDeferred
-async def test_around_other_wrapping_factories_whoever_is_refused_is_closed(nesting: str) -> None:
+async def full_server(nesting: str) -> tuple[Limiter, IListeningPort, str, Client]:
+    """
+    A limiter with one slot, its port, where clients find it, and the one who is served.
+    """
     limiter = Limiter(1, max_waiting=0)
     endpoint = TCP4ServerEndpoint(reactor, 0, interface="127.0.0.1")
     port = await endpoint.listen(NESTINGS[nesting](RecordingFactory(), limiter))
     where = f"tcp:127.0.0.1:{port.getHost().port}"
     first = await connected(where)
     await until(lambda: limiter.active == 1)
+    return limiter, port, where, first
+
+
+@pytest.mark.parametrize("nesting", [name for name in NESTINGS if name.startswith("around")])
+@ensureDeferred
+async def test_around_other_wrapping_factories_whoever_is_refused_is_closed(nesting: str) -> None:
+    limiter, port, where, first = await full_server(nesting)
     refused = await connected(where)
     await refused.is_closed()
     await first.close()
@@ -303,12 +311,7 @@ async def test_around_other_wrapping_factories_whoever_is_refused_is_closed(nest
 @pytest.mark.parametrize("nesting", ["in TimeoutFactory", "in ThrottlingFactory", "in WrappingFactory"])
 @ensureDeferred
 async def test_in_other_wrapping_factories_whoever_is_refused_holds_no_slot(nesting: str) -> None:
-    limiter = Limiter(1, max_waiting=0)
-    endpoint = TCP4ServerEndpoint(reactor, 0, interface="127.0.0.1")
-    port = await endpoint.listen(NESTINGS[nesting](RecordingFactory(), limiter))
-    where = f"tcp:127.0.0.1:{port.getHost().port}"
-    first = await connected(where)
-    await until(lambda: limiter.active == 1)
+    limiter, port, where, first = await full_server(nesting)
     # Twisted's WrappingFactory does not see that there is no protocol, and leaves the client connected.
     refused = await connected(where)
     await until(lambda: limiter.snapshot().refused["full"] == 1)

@@ -20,6 +20,7 @@ import pytest
 from fakes import RecordingFactory
 from support import (
     PATIENCE,
+    Program,
     failing,
     read_all,
     require_program,
@@ -315,20 +316,26 @@ def test_a_download_that_is_in_progress_may_finish_and_the_line_is_refused(tmp_p
         program.wait_for("drained: 1 connections were served and 1 refused in all")
 
 
-def test_what_does_not_finish_in_time_is_aborted(echo: Path) -> None:
-    arguments = ["--listen", LOCAL, "--factory", "echo_server:factory", "--drain-timeout", "0.2"]
+@contextmanager
+def draining_within(echo: Path, seconds: str) -> Iterator[Program]:
+    """
+    An echo server with a client that does not go away.
+    """
+    arguments = ["--listen", LOCAL, "--factory", "echo_server:factory", "--drain-timeout", seconds]
     with running("connlimit", *arguments, cwd=echo) as program, client(program.port()) as idle:
         idle.sendall(b"hello")
         assert idle.recv(100) == b"hello"
+        yield program
+
+
+def test_what_does_not_finish_in_time_is_aborted(echo: Path) -> None:
+    with draining_within(echo, "200ms") as program:
         assert program.terminate() == 0
         program.wait_for("1 connections did not end in time and are aborted")
 
 
 def test_a_second_order_to_stop_is_carried_out_at_once(echo: Path) -> None:
-    arguments = ["--listen", LOCAL, "--factory", "echo_server:factory", "--drain-timeout", "60"]
-    with running("connlimit", *arguments, cwd=echo) as program, client(program.port()) as idle:
-        idle.sendall(b"hello")
-        assert idle.recv(100) == b"hello"
+    with draining_within(echo, "1min") as program:
         program.process.send_signal(signal.SIGTERM)
         program.wait_for("may finish")
         assert program.terminate() == -signal.SIGTERM

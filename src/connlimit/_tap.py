@@ -4,8 +4,6 @@ The command line: ``twistd connlimit``.
 
 from __future__ import annotations
 
-import math
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ from connlimit._accepting import check_when_full
 from connlimit._config import MOST_PROCESSES, read
 from connlimit._configured import ConfiguredProgram, check
 from connlimit._forward import RelayFactory
+from connlimit._options import ProgramOptions
 from connlimit._processes import Parent
 from connlimit._program import CannotStart, Program
 from connlimit._role import Alone
@@ -36,10 +35,12 @@ def _spell(setting: str) -> str:
 _WITH_CONFIG = ("config", "check-config")
 
 
-class Options(usage.Options):
+class Options(ProgramOptions):
     """
     The options of ``twistd connlimit``.
     """
+
+    program = "connlimit"
 
     synopsis = (
         "[limits] [--listen ENDPOINT]... [--forward ENDPOINT | --factory MODULE:NAME]"
@@ -95,16 +96,6 @@ class Options(usage.Options):
         ["log-connections", None, "tell of each connection in the log"],
     ]
 
-    def __init__(self) -> None:
-        super().__init__()
-        self["listen"] = []
-
-    def opt_listen(self, description: str) -> None:
-        """
-        listen at this server endpoint, such as tcp:8080; can be given several times
-        """
-        self["listen"].append(description)
-
     @property
     def subCommands(self) -> Iterator[tuple[str, None, Callable[[], usage.Options], str]]:
         """
@@ -112,16 +103,6 @@ class Options(usage.Options):
         """
         for plugin in plugins():
             yield plugin.tapname, None, lambda plugin=plugin: plugin.options(), plugin.description  # type: ignore[misc]
-
-    def parseOptions(self, options: list[str] | None = None) -> None:
-        """
-        Parse the command line, or exit with one sentence that says what is wrong with it.
-        """
-        self.arguments = list(sys.argv[1:] if options is None else options)
-        try:
-            super().parseOptions(options)
-        except usage.UsageError as error:
-            raise CannotStart(f"connlimit: {error}") from None
 
     def postOptions(self) -> None:
         """
@@ -134,11 +115,11 @@ class Options(usage.Options):
             raise usage.UsageError("--check-config needs --config FILE")
         given = {name: self[name.replace("_", "-")] for name in FIELDS}
         try:
-            self["drain"] = _seconds("--drain-timeout", self["drain-timeout"])
+            self["drain"] = self.time("drain-timeout")
             check_when_full(self["when-full"], "--when-full")
             self["settings"] = parse({k: v for k, v in given.items() if v is not None}, _spell)
             shared_limits(self["shared"], Settings().evolve(self["settings"]))  # whether it can be made
-            self["processes"] = _processes("--processes", self["processes"])
+            self["processes"] = self.count("processes", MOST_PROCESSES)
         except ValueError as error:
             raise usage.UsageError(str(error)) from None
 
@@ -200,22 +181,6 @@ class Options(usage.Options):
             for line in self["loaded"].summary():
                 print(line)
             raise SystemExit(0)
-
-
-def _seconds(option: str, text: str) -> float:
-    try:
-        value = float(text)
-        if 0 <= value < math.inf:
-            return value
-    except ValueError:
-        pass
-    raise ValueError(f"{option} must be a number of seconds, 0 or more, not {text!r}")
-
-
-def _processes(option: str, text: str) -> int:
-    if text.isdecimal() and 1 <= int(text) <= MOST_PROCESSES:
-        return int(text)
-    raise ValueError(f"{option} must be a whole number from 1 to {MOST_PROCESSES}, not {text!r}")
 
 
 def makeService(options: Options, role: Alone | None = None) -> Program:

@@ -10,9 +10,9 @@ from typing import Any
 from twisted.python import usage
 
 from connlimit import _descriptors
+from connlimit._options import ProgramOptions
 from connlimit._program import CannotStart, Program
 from connlimit._serving import server_endpoint
-from connlimit._settings import seconds
 from connlimit._toml import ConfigError
 from connlimit.semaphores._config import read
 from connlimit.semaphores._program import SemaphoreProgram
@@ -23,10 +23,12 @@ from connlimit.status import status_service
 _LISTEN = "tcp:8000:interface=127.0.0.1"
 
 
-class Options(usage.Options):
+class Options(ProgramOptions):
     """
     The options of ``twistd connlimit-semaphores``.
     """
+
+    program = "connlimit-semaphores"
 
     synopsis = "[--listen ENDPOINT]... [--config FILE] [options]"
     longdesc = (
@@ -52,25 +54,6 @@ class Options(usage.Options):
         ["status", None, None, "show a status page at this endpoint, such as tcp:8081:interface=127.0.0.1"],
     ]
 
-    def __init__(self) -> None:
-        super().__init__()
-        self["listen"] = []
-
-    def opt_listen(self, description: str) -> None:
-        """
-        listen at this server endpoint; can be given several times [tcp:8000:interface=127.0.0.1]
-        """
-        self["listen"].append(description)
-
-    def parseOptions(self, options: list[str] | None = None) -> None:
-        """
-        Parse the command line, or exit with one sentence that says what is wrong with it.
-        """
-        try:
-            super().parseOptions(options)
-        except usage.UsageError as error:
-            raise CannotStart(f"connlimit-semaphores: {error}") from None
-
     def postOptions(self) -> None:
         """
         Check everything that can be checked before anything is started.
@@ -78,11 +61,8 @@ class Options(usage.Options):
         from twisted.internet import reactor
 
         for name in ("grace", "drain-timeout"):
-            self[f"{name}-seconds"] = _seconds(f"--{name}", self[name])
-        if not (self["max-peers"].isascii() and self["max-peers"].isdecimal() and int(self["max-peers"])):
-            raise usage.UsageError(
-                f"--max-peers must be a whole number, 1 or more, not {self['max-peers']!r}"
-            )
+            self[f"{name}-seconds"] = self.time(name)
+        self["most-peers"] = self.count("max-peers")
         if self["store"] and self["grace-seconds"]:
             raise usage.UsageError("--grace must be left out with --store, which forgets nobody")
         path = Path(self["config"])
@@ -97,16 +77,6 @@ class Options(usage.Options):
             raise CannotStart("\n".join(f"connlimit-semaphores: {each}" for each in error.errors)) from None
         except ValueError as error:
             raise usage.UsageError(str(error)) from None
-
-
-def _seconds(option: str, text: str) -> float:
-    try:
-        value = seconds(text)
-        if 0 <= value < float("inf"):
-            return value
-    except ValueError:
-        pass
-    raise usage.UsageError(f"{option} must be a time such as 30, 30s or 5min, not {text!r}")
 
 
 def _store(url: str | None, state: State, reactor: Any) -> IStore:
@@ -137,7 +107,7 @@ def makeService(options: Options) -> Program:
         options["endpoints"],
         options["kept"],
         reactor,
-        max_peers=int(options["max-peers"]),
+        max_peers=options["most-peers"],
         grace=options["grace-seconds"],
         polls_timeout=options["drain-timeout-seconds"],
     )
