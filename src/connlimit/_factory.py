@@ -96,6 +96,9 @@ class LimitingFactory:
         connection = DelegatingProtocol()
         connection.factory = self
         connection.address = address
+        connection.slot = connection.transport = None
+        connection.connected = 0
+        connection.closing = False
         limiter = self.limiter
         # Whose a UNIX socket is shows when there is a transport.
         late = address.__class__ is UNIXAddress and limiter.needs_peers

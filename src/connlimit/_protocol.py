@@ -4,7 +4,7 @@ One connection's life: the protocol that delegates, first to the one that waits,
 
 from __future__ import annotations
 
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 from typing import TYPE_CHECKING, Any
 
 from twisted.internet.address import UNIXAddress
@@ -35,15 +35,6 @@ _GRACE = 5.0  # seconds
 _set_class = object.__dict__["__class__"].__set__
 
 
-class _AddressOfTransport:
-    """
-    The address of a connection that keeps none itself, as it waits and its transport has it, too.
-    """
-
-    def __get__(self, connection: Any, owner: type) -> Any:
-        return connection.transport.getPeer()
-
-
 @implementer(IConnection, IProtocol, ILoggingContext)
 class DelegatingProtocol:  # type: ignore[misc]  # connectionMade is for makeConnection to call
     """
@@ -59,23 +50,35 @@ class DelegatingProtocol:  # type: ignore[misc]  # connectionMade is for makeCon
     ``wrappedProtocol``. So this says that it is one, and is none: by its ``__getattr__``, which is of no use
     here, each of the attributes that an event needs would take several times as long to find.
 
-    :ivar factory: the factory that made it, and has set this and the address.
+    There can be tens of thousands, so it is as small as an object can be.
+
+    :ivar factory: the factory that made it, and has set what is known from the beginning.
     :ivar address: the client's address.
     :ivar slot: set by the limiter while the connection is active.
+    :ivar connected: 1 as long as there is a connection.
     :ivar closing: whether the limiter has had it closed.
     """
 
+    __slots__ = (
+        "__weakref__",
+        "address",
+        "closing",
+        "connected",
+        "factory",
+        "slot",
+        "transport",
+        "wrappedProtocol",
+    )
+
     _log = Logger()
     factory: LimitingFactory
-    address: Any = _AddressOfTransport()
+    address: Any
     # Any: what these two provide depends on the transport and on the delegate.
-    transport: Any = None
-    wrappedProtocol: Any = None
-
-    connected = 0
-    slot: Any = None
-    closing = False
-    _outer_connection_lost: Any = None
+    transport: Any
+    wrappedProtocol: Any
+    slot: Any
+    connected: int
+    closing: bool
 
     def become(self, cls: type[DelegatingProtocol]) -> None:
         """
@@ -103,19 +106,22 @@ class DelegatingProtocol:  # type: ignore[misc]  # connectionMade is for makeCon
         Let the protocol have all further events, and provide what it provides.
         """
         self.wrappedProtocol = protocol
+        address = self.address
         self.become(class_for(providedBy(protocol)))
+        self.address = address
 
     def makeConnection(self, transport: Any) -> None:
         self.transport = transport
         self.connected = 1
         # Another protocol may take the transport over, and all its events; so the end is learnt from
         # the transport itself. Set on the instance and not wrapped around it: this is the real one.
+        lost: Any = self._transport_lost
         try:
             if transport.connectionLost.__self__ is not transport:
-                self._outer_connection_lost = transport.connectionLost
+                lost = partial(lost, outer=transport.connectionLost)
         except AttributeError:
-            self._outer_connection_lost = getattr(transport, "connectionLost", None)
-        transport.connectionLost = self._transport_lost
+            lost = partial(lost, outer=getattr(transport, "connectionLost", None))
+        transport.connectionLost = lost
         self.wrappedProtocol.makeConnection(transport)
 
     def dataReceived(self, data: bytes) -> None:
@@ -128,13 +134,15 @@ class DelegatingProtocol:  # type: ignore[misc]  # connectionMade is for makeCon
         finally:
             self.factory.limiter.finish(self)
 
-    def _transport_lost(self, reason: Failure = connectionDone) -> None:
+    def _transport_lost(self, reason: Failure = connectionDone, outer: Any = None) -> None:
         """
         Be the ``connectionLost`` of our transport: it is over, whoever has its events.
+
+        :param outer: what somebody else has put in its place before.
         """
         try:
-            if self._outer_connection_lost is not None:
-                self._outer_connection_lost(reason)
+            if outer is not None:
+                outer(reason)
             else:
                 transport = self.transport
                 del transport.connectionLost
@@ -269,6 +277,18 @@ class DelegatingProtocol:  # type: ignore[misc]  # connectionMade is for makeCon
             self.transport.logstr = self.logPrefix() + system[len(_WAITING_PREFIX) :]
 
 
+class _Addressless(DelegatingProtocol):
+    """
+    A connection that keeps no address, as it waits and its transport has it, too.
+    """
+
+    __slots__ = ()
+
+    @property
+    def address(self) -> Any:
+        return self.transport.getPeer()
+
+
 _WAITING_PREFIX = "WaitingProtocol"
 
 
@@ -301,6 +321,7 @@ class WaitingProtocol:  # type: ignore[misc]  # connectionMade is for makeConnec
                 connection.address = UNIXPeer(connection.address.name, _sockets.peer_uid(sock))
             else:
                 del connection.address
+                connection.become(_Addressless)
         connection.factory.limiter.wait(connection)
 
     def dataReceived(self, data: bytes) -> None:
@@ -343,6 +364,8 @@ class WaitingProtocol:  # type: ignore[misc]  # connectionMade is for makeConnec
 
 @implementer(IHalfCloseableProtocol)
 class _HalfCloseable(DelegatingProtocol):
+    __slots__ = ()
+
     def readConnectionLost(self) -> None:
         self.wrappedProtocol.readConnectionLost()
 
@@ -352,12 +375,16 @@ class _HalfCloseable(DelegatingProtocol):
 
 @implementer(IHandshakeListener)
 class _HandshakeListener(DelegatingProtocol):
+    __slots__ = ()
+
     def handshakeCompleted(self) -> None:
         self.wrappedProtocol.handshakeCompleted()
 
 
 @implementer(IFileDescriptorReceiver)
 class _FileDescriptorReceiver(DelegatingProtocol):
+    __slots__ = ()
+
     def fileDescriptorReceived(self, descriptor: int) -> None:
         self.wrappedProtocol.fileDescriptorReceived(descriptor)
 
@@ -383,4 +410,4 @@ def class_for(provided: Any) -> type[DelegatingProtocol]:
 def _combined(classes: tuple[type[DelegatingProtocol], ...]) -> type[DelegatingProtocol]:
     if not classes:
         return DelegatingProtocol
-    return type("DelegatingProtocol", classes, {"__doc__": DelegatingProtocol.__doc__})
+    return type("DelegatingProtocol", classes, {"__doc__": DelegatingProtocol.__doc__, "__slots__": ()})
