@@ -4,7 +4,13 @@ The log of a limiter.
 
 from __future__ import annotations
 
-from support import Log
+import json
+import signal
+import subprocess
+import sysconfig
+from pathlib import Path
+
+from support import PATIENCE, Log
 from test_limiter import LimiterTestCase
 from twisted.logger import LogLevel
 
@@ -61,3 +67,20 @@ class LogTests(LimiterTestCase):
             self.connect(1, host="192.0.2.1")
         for words in ("is served", "waits", "is refused (full)", "has finished", "is exempt and served"):
             self.assertTrue(any(text.endswith(words) for text in log.texts()), words)
+
+
+def test_events_can_be_written_as_json() -> None:
+    command = [str(Path(sysconfig.get_path("scripts")) / "twist"), "--log-format=json", "connlimit"]
+    process = subprocess.Popen([*command, "--listen", "tcp:0:interface=127.0.0.1"], stdout=subprocess.PIPE)
+    try:
+        for line in process.stdout:
+            event = json.loads(line.strip(b"\x1e"))
+            if event["log_namespace"] == "connlimit._program":
+                break
+        assert "served at once" in event["log_flattened"]["budget!s:"]
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(PATIENCE) == 0
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()

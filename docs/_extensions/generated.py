@@ -5,14 +5,19 @@ Directives whose text comes from the program itself, so that it cannot drift fro
 from __future__ import annotations
 
 import ast
+import re
+from collections.abc import Iterator
 from pathlib import Path
 
+import attrs
 from docutils import nodes
 from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 from twisted.python import usage
 
+import connlimit
 from connlimit import Limiter
+from connlimit._config import Config, ServiceConfig, StatusConfig
 from connlimit._settings import FIELDS
 from connlimit._tap import Options
 from connlimit.metrics import LimiterCollector
@@ -55,6 +60,63 @@ class SemaphoresOptionsDirective(OptionsDirective):
     """
 
     parser = SemaphoresOptions
+
+
+class FileKeysDirective(SphinxDirective):
+    """
+    The keys of the configuration file, by the classes that it is read into.
+    """
+
+    def run(self) -> list[nodes.Node]:
+        rows = [
+            ("limiters.NAME.SETTING", "any setting of `Limiter`, by its name", ""),
+            ("limiters.NAME.shared", "the URL by which all that give the same and NAME share the limit", ""),
+        ]
+        for prefix, cls in (("services.NAME.", ServiceConfig), ("status.", StatusConfig), ("", Config)):
+            texts = dict(re.findall(r":ivar (\w+): ((?:.|\n)+?)\.\n", cls.__doc__))
+            for field in attrs.fields(cls):
+                if field.name not in ("name", "limiters", "shared", "services", "status"):
+                    default = "" if field.default in (attrs.NOTHING, None, ()) else f"``{field.default}``"
+                    rows.append((f"{prefix}{field.name}", texts[field.name], default))
+        lines = [".. list-table::", "   :header-rows: 1", "   :widths: 34 52 14", ""]
+        for key, text, default in [("Key", "Means", "Default"), *rows]:
+            lines += [
+                f"   * - {key if key == 'Key' else f'``{key}``'}",
+                f"     - {text}",
+                f"     - {default}",
+            ]
+        return self.parse_text_to_nodes("\n".join(lines))
+
+
+class LogEventsDirective(SphinxDirective):
+    """
+    Everything that is logged: the level and the format of each event, by where it comes from.
+    """
+
+    def run(self) -> list[nodes.Node]:
+        lines = [".. list-table::", "   :header-rows: 1", "   :widths: 20 12 68", ""]
+        rows = [("Namespace", "Level", "Event")]
+        source = Path(connlimit.__file__).parent
+        for file in sorted(source.rglob("*.py")):
+            module = ".".join(("connlimit", *file.relative_to(source).with_suffix("").parts))
+            rows += [(f"``{module}``", level, f"``{text}``") for level, text in _logged(file)]
+        for row in rows:
+            for index, cell in enumerate(row):
+                lines.append(f"   {'*' if index == 0 else ' '} - {cell}")
+        return self.parse_text_to_nodes("\n".join(lines))
+
+
+def _logged(file: Path) -> Iterator[tuple[str, str]]:
+    for node in ast.walk(ast.parse(file.read_text())):
+        if (
+            isinstance(node, ast.Call)
+            and isinstance(node.func, ast.Attribute)
+            and ast.unparse(node.func.value) in ("_log", "self._log")
+            and node.args
+            and isinstance(node.args[0], ast.Constant)
+        ):
+            level = {"failure": "critical"}.get(node.func.attr, node.func.attr)
+            yield level, node.args[0].value
 
 
 class ConformanceDirective(SphinxDirective):
@@ -100,6 +162,8 @@ def setup(app: Sphinx) -> dict[str, bool]:
     app.add_directive("limiter-settings", SettingsDirective)
     app.add_directive("command-line-options", OptionsDirective)
     app.add_directive("semaphores-options", SemaphoresOptionsDirective)
+    app.add_directive("file-keys", FileKeysDirective)
+    app.add_directive("log-events", LogEventsDirective)
     app.add_directive("conformance-table", ConformanceDirective)
     app.add_directive("metrics-table", MetricsDirective)
     return {"parallel_read_safe": True}

@@ -25,12 +25,12 @@ class ServiceConfig:
     What one service listens at, what it serves with, and whose limits hold.
 
     :ivar name: its name in the file.
-    :ivar limiter: the name of its limiter.
-    :ivar listen: endpoint descriptions.
-    :ivar forward: the endpoint description of another server, or None.
-    :ivar factory: MODULE:NAME, or None.
-    :ivar plugin: the name and the arguments of a twistd plugin, or empty.
-    :ivar when_full: what its ports do when its limiter is full.
+    :ivar limiter: the name of its limiter; may be left out if there is one only.
+    :ivar listen: an endpoint string or several.
+    :ivar forward: the endpoint string of another server.
+    :ivar factory: MODULE:NAME of a factory, or of a callable that returns one.
+    :ivar plugin: a twistd plugin's name and its arguments.
+    :ivar when_full: what its ports do when its limiter is full, ``refuse`` or ``stop-accepting``.
     """
 
     name: str
@@ -47,9 +47,9 @@ class StatusConfig:
     """
     Where the status page is, and what it shows.
 
-    :ivar listen: an endpoint description.
+    :ivar listen: the endpoint string of the status page.
     :ivar show_peers: whether others than loopback see the addresses of peers.
-    :ivar hosts: names, besides addresses and localhost, by which browsers may ask for it.
+    :ivar hosts: names, besides IP addresses and localhost, by which browsers may ask for it.
     """
 
     listen: str
@@ -63,7 +63,7 @@ class Config:
     All that a file says.
 
     :ivar limiters: the settings of each limiter, by its name; those that are not given have their defaults.
-    :ivar shared: the Redis URLs of the limiters that are shared, by their names.
+    :ivar shared: the URLs of the limiters that are shared, by their names.
     :ivar services: the services by their names.
     :ivar status: the status page, or None.
     :ivar drain_timeout: seconds that connections may take to end when the program is stopped.
