@@ -12,9 +12,10 @@ from fakes import RecordingFactory
 from pytest_twisted import ensureDeferred
 from sockets import Client, connected, patiently, until
 from twisted.internet import reactor
-from twisted.internet.endpoints import serverFromString
+from twisted.internet.endpoints import TCP4ServerEndpoint, serverFromString
+from twisted.protocols.haproxy import proxyEndpoint
 
-from connlimit import _proxied
+from connlimit import AfterHeader, Limiter, LimitingEndpoint, _proxied
 
 
 def v1(host: str) -> bytes:
@@ -125,3 +126,20 @@ async def test_a_waiting_client_is_served_with_its_own_address() -> None:
         await first.close()
         await second.receives(b"early")
         assert behind.server.live[0].transport.getPeer().host == "192.0.2.2"
+
+
+@ensureDeferred
+async def test_in_code_the_same_is_put_together_of_twisteds_endpoint() -> None:
+    limiter = Limiter(max_per_peer=1)
+    tcp = TCP4ServerEndpoint(reactor, 0, interface="127.0.0.1")
+    endpoint = LimitingEndpoint(AfterHeader(proxyEndpoint(tcp), reactor), limiter)
+    server = RecordingFactory()
+    port = await endpoint.listen(server)
+    clients = []
+    for host in ("192.0.2.1", "192.0.2.2"):
+        clients.append(await connected(f"tcp:127.0.0.1:{port.getHost().port}"))
+        clients[-1].transport.write(v1(host) + b"hello")
+        await clients[-1].receives(b"hello")
+    assert [address.host for address in server.addresses] == ["192.0.2.1", "192.0.2.2"]
+    await port.stopListening()
+    await patiently(limiter.drain(0))
