@@ -7,6 +7,7 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import attrs
@@ -20,6 +21,7 @@ from connlimit import Limiter
 from connlimit._config import Config, ServiceConfig, StatusConfig
 from connlimit._settings import FIELDS
 from connlimit._tap import Options
+from connlimit._toml import document
 from connlimit.metrics import LimiterCollector
 from connlimit.semaphores._tap import Options as SemaphoresOptions
 from connlimit.status._watch import Watch
@@ -119,6 +121,30 @@ def _logged(file: Path) -> Iterator[tuple[str, str]]:
             yield level, node.args[0].value
 
 
+class HouseDirective(SphinxDirective):
+    """
+    The layers of modules, and what each module is for, in the words of its own first sentence.
+    """
+
+    def run(self) -> list[nodes.Node]:
+        lines = []
+        for layer in document(Path(__file__).parents[1] / "architecture.toml")["layer"]:
+            lines += [
+                f"**{layer['name']}.** {layer['about']}",
+                "",
+                ".. list-table::",
+                "   :widths: 30 70",
+                "",
+            ]
+            for name in layer["modules"]:
+                module = "connlimit" if name == "connlimit" else f"connlimit.{name}"
+                file = find_spec(module).origin
+                text = ast.get_docstring(ast.parse(Path(file).read_text())).split("\n\n")[0]
+                lines += [f"   * - ``{name}``", f"     - {' '.join(text.split())}"]
+            lines.append("")
+        return self.parse_text_to_nodes("\n".join(lines))
+
+
 class ConformanceDirective(SphinxDirective):
     """
     The rows of the conformance table, as the tests have them.
@@ -164,6 +190,7 @@ def setup(app: Sphinx) -> dict[str, bool]:
     app.add_directive("semaphores-options", SemaphoresOptionsDirective)
     app.add_directive("file-keys", FileKeysDirective)
     app.add_directive("log-events", LogEventsDirective)
+    app.add_directive("house", HouseDirective)
     app.add_directive("conformance-table", ConformanceDirective)
     app.add_directive("metrics-table", MetricsDirective)
     return {"parallel_read_safe": True}
