@@ -18,7 +18,8 @@ from zope.interface.verify import verifyObject
 
 from connlimit import Limiter, LimitingFactory, _descriptors
 from connlimit._inert import Inert
-from connlimit._settings import FIELDS
+from connlimit._line import Fair
+from connlimit._settings import FIELDS, Settings
 from connlimit.interfaces import IConnection, ILimit, ILimiterObserver, IRefusingLimit
 from connlimit.limits import PerKey
 from connlimit.observers import LimiterObserver
@@ -843,7 +844,7 @@ class OrderTests(LimiterTestCase):
     Whose turn it is.
     """
 
-    def turns(self, order: str, hosts: list[str]) -> list[int]:
+    def turns(self, order: object, hosts: list[str]) -> list[int]:
         self.limited(0, order=order)
         for host in hosts:
             self.connect(1, host=host)
@@ -862,6 +863,20 @@ class OrderTests(LimiterTestCase):
     def test_fair_gives_each_peer_its_turn(self) -> None:
         hosts = ["10.0.0.1", "10.0.0.1", "10.0.0.1", "10.0.0.2", "10.0.0.3", "10.0.0.2"]
         self.assertEqual(self.turns("fair", hosts), [0, 3, 4, 1, 5, 2])
+
+    def test_an_order_of_ones_own_is_made_of_the_settings_and_the_peers(self) -> None:
+        made = []
+
+        def order(settings: Settings, peer: object) -> Fair:
+            made.append(settings)
+            return Fair(peer)
+
+        hosts = ["10.0.0.1", "10.0.0.1", "10.0.0.2"]
+        self.assertEqual(self.turns(order, hosts), [0, 2, 1])
+        self.assertEqual(made[0].max_connections, 0)
+        self.assertTrue(self.limiter.needs_peers)
+        self.assertRaises(TypeError, self.limiter.reconfigure, order=5)
+        self.assertRaises(ValueError, self.limiter.reconfigure, order="nearest")
 
     def test_adaptive_serves_the_newest_and_refuses_the_oldest_when_it_is_overloaded(self) -> None:
         self.limited(1, order="adaptive", adaptive_target=1, adaptive_interval=5)

@@ -213,7 +213,7 @@ class Limiter:
 
         self._peer = peer_key(self.settings.peer_prefix)
         self._is_exempt = self.settings.exempt
-        self._line = Line(ORDERS[self.settings.order](self.settings, self._peer))
+        self._line = Line(self._new_order())
         self._order = self._line.order
         self._set_limits()
         if self.settings.dry_run:
@@ -284,7 +284,7 @@ class Limiter:
         """
         Whether it matters who a connection's peer is.
         """
-        return self._peers is not None or self.settings.order == "fair"
+        return self._peers is not None or self.settings.order not in ("fifo", "lifo", "adaptive")
 
     def busiest_peers(self, count: int) -> list[tuple[Hashable, int, int]]:
         """
@@ -385,11 +385,18 @@ class Limiter:
         self._further = All(limits) if limits else None
         self._keyed = tuple(each for each in limits if IKeyedLimit.providedBy(each))
 
+    def _new_order(self) -> Any:
+        """
+        An empty line in the order that the settings ask for, by its name or by what makes it.
+        """
+        order = self.settings.order
+        return ORDERS.get(order, order)(self.settings, self._peer)
+
     def _refill_line(self, arrivals: list[tuple[IConnection, float]]) -> None:
         """
         Let the same connections wait in the order that the settings ask for. Looks at the whole line.
         """
-        order = ORDERS[self.settings.order](self.settings, self._peer)
+        order = self._new_order()
         self._line = Line(order)
         self._order = order
         for connection, arrived in arrivals:

@@ -76,6 +76,17 @@ def _one_of(*choices: str) -> _Kind:
     return _Kind(f"{', '.join(choices[:-1])} or {choices[-1]}", convert, str)
 
 
+def _order(value: Any) -> Any:
+    if isinstance(value, str) and value not in ORDERS:
+        raise ValueError
+    if not isinstance(value, str) and not callable(value):
+        raise TypeError
+    return value
+
+
+_ORDER = attrs.evolve(_one_of(*ORDERS), convert=_order)
+
+
 def _flag(value: Any) -> bool:
     if not isinstance(value, bool):
         raise TypeError
@@ -211,7 +222,7 @@ class Settings:
     wait_timeout: float | None = _setting(
         None, _SECONDS_OR_NONE, "seconds", "how long a connection may wait before it is refused"
     )
-    order: str = _setting("fifo", _one_of(*ORDERS), "", "whose turn it is: the order of the line")
+    order: Any = _setting("fifo", _ORDER, "", "whose turn it is: the order of the line")
     adaptive_target: float = _setting(
         0.5, _SECONDS, "seconds", "order adaptive: the wait above which the line is too long"
     )
