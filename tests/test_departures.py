@@ -14,9 +14,9 @@ from types import SimpleNamespace
 
 import pytest
 from pytest_twisted import ensureDeferred
-from sockets import connected, listening, patiently, until
+from sockets import connected, listening, patiently, until, wrap_server_tls
 from twisted.internet import reactor
-from twisted.internet.endpoints import serverFromString, wrapServerTLS
+from twisted.internet.endpoints import serverFromString
 from twisted.internet.protocol import Factory, Protocol
 
 from connlimit import Limiter, LimitingFactory, _departures
@@ -153,7 +153,7 @@ async def test_a_tls_client_that_closed_has_departed_in_any_case(kind: str, cert
     context = ssl.DefaultOpenSSLContextFactory(str(certificate), str(certificate))
     limiter = Limiter(0)
     tcp = serverFromString(reactor, "tcp:0:interface=127.0.0.1")
-    async with listening(limiter, wrapServerTLS(context, tcp)) as (_, where):
+    async with listening(limiter, wrap_server_tls(context, tcp)) as (_, where):
         client = connect(where, b"\x16\x03\x01 some of a ClientHello")
         await until(lambda: limiter.waiting == 1)
         client.close()

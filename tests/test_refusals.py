@@ -19,10 +19,10 @@ from pathlib import Path
 import pytest
 from fakes import ApplicationError, RecordingFactory
 from pytest_twisted import ensureDeferred
-from sockets import Client, connected, listening, patiently, until
+from sockets import Client, connected, listening, patiently, until, wrap_server_tls
 from support import PATIENCE, read_all, require_program
 from twisted.internet import reactor
-from twisted.internet.endpoints import serverFromString, wrapServerTLS
+from twisted.internet.endpoints import serverFromString
 from twisted.internet.protocol import Factory, Protocol
 from twisted.internet.threads import deferToThread
 from zope.interface import implementer
@@ -212,7 +212,7 @@ async def test_to_a_tls_client_it_is_said_after_the_handshake(
     server: object = RecordingFactory()
     endpoint = serverFromString(reactor, "tcp:0:interface=127.0.0.1")
     if place == "inside TLS":
-        endpoint = wrapServerTLS(context, endpoint)
+        endpoint = wrap_server_tls(context, endpoint)
     else:
         server = TLSMemoryBIOFactory(context, False, server)
     limiter = Limiter(0, refusal="smtp", **{"max_waiting": 0, **settings})

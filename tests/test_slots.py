@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 from fakes import ApplicationError, RecordingFactory
 from pytest_twisted import ensureDeferred
-from sockets import Client, connected, listening, patiently, until
+from sockets import Client, connected, listening, patiently, until, wrap_server_tls
 from support import Log, talk_tls
 from twisted.internet import reactor
-from twisted.internet.endpoints import TCP4ServerEndpoint, wrapServerTLS
+from twisted.internet.endpoints import TCP4ServerEndpoint
 from twisted.internet.interfaces import IHalfCloseableProtocol, IHandshakeListener, IListeningPort
 from twisted.internet.protocol import Factory, Protocol
 from twisted.internet.threads import deferToThread
@@ -348,7 +348,7 @@ async def test_a_tls_handshake_that_comes_to_nothing_loses_no_slot(
         server.protocol = FailingHandshake
     tcp = TCP4ServerEndpoint(reactor, 0, interface="127.0.0.1")
     if place == "inside TLS":
-        manager = listening(limiter, wrapServerTLS(context, tcp), server)
+        manager = listening(limiter, wrap_server_tls(context, tcp), server)
     else:
         manager = listening(limiter, tcp, TLSMemoryBIOFactory(context, False, server))
     async with manager as (_, where):

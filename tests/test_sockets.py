@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 from fakes import RecordingFactory
 from pytest_twisted import ensureDeferred
-from sockets import all_connected, connected, listening, patiently, until
+from sockets import all_connected, connected, listening, patiently, until, wrap_server_tls
 from support import talk_tls
 from twisted.internet import reactor, task
-from twisted.internet.endpoints import TCP4ServerEndpoint, wrapServerTLS
+from twisted.internet.endpoints import TCP4ServerEndpoint
 from twisted.internet.threads import deferToThread
 
 from connlimit import Limiter, _protocol
@@ -151,7 +151,7 @@ async def test_tls_clients_wait_inside_tls_or_next_to_tcp(place: str, certificat
     tcp = TCP4ServerEndpoint(reactor, 0, interface="127.0.0.1")
     limiter, server = Limiter(1), RecordingFactory()
     if place == "inside TLS":
-        manager = listening(limiter, wrapServerTLS(context, tcp), server)
+        manager = listening(limiter, wrap_server_tls(context, tcp), server)
     else:
         manager = listening(limiter, tcp, TLSMemoryBIOFactory(context, False, server))
     async with manager as (_, where):
