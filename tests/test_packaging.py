@@ -25,7 +25,7 @@ from twisted.application.service import IServiceMaker
 from twisted.internet import reactor
 from twisted.internet.endpoints import serverFromString
 from twisted.plugin import getPlugins
-print("connlimit" in [plugin.tapname for plugin in getPlugins(IServiceMaker)])
+print({"connlimit", "connlimit-semaphores"} <= {plugin.tapname for plugin in getPlugins(IServiceMaker)})
 try:
     print(type(serverFromString(reactor, "connlimit:tcp:0:max_connections=3")).__name__)
 except ValueError:
@@ -58,9 +58,9 @@ class Environment:
         self.elsewhere = path / "elsewhere"
         self.elsewhere.mkdir()
 
-    def run(self, program: str, *arguments: str) -> str:
+    def run(self, program: str, *arguments: str, code: int = 0) -> str:
         """
-        What a program of the environment prints.
+        What a program of the environment prints, which must end with this exit code.
         """
         environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
         done = subprocess.run(
@@ -71,8 +71,8 @@ class Environment:
             text=True,
             timeout=300,
         )
-        assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout
+        assert done.returncode == code, done.stdout + done.stderr
+        return done.stdout if code == 0 else done.stderr
 
     def install(self, *what: str) -> None:
         self.run("python", "-m", "pip", "--quiet", "--disable-pip-version-check", "install", *what)
@@ -135,6 +135,51 @@ def test_twisted_finds_it_after_every_kind_of_installation_and_not_after_its_end
         assert environment.finds_connlimit(), what
         environment.run("python", "-m", "pip", "--quiet", "uninstall", "--yes", "connlimit")
         assert not environment.finds_connlimit(), what
+
+
+#: Every module that needs no extra, and what those say that do.
+CORE_ALONE = """
+import importlib, pkgutil, connlimit
+for module in pkgutil.walk_packages(connlimit.__path__, "connlimit."):
+    try:
+        importlib.import_module(module.name)
+    except ModuleNotFoundError as error:
+        print(module.name, error.name)
+try:
+    from connlimit.semaphores import Semaphores
+    Semaphores("http://localhost:8000")
+except ImportError as error:
+    print(error)
+"""
+
+
+def test_the_core_alone_works_and_says_which_extra_it_lacks(built: Path, environment: Environment) -> None:
+    (wheel,) = built.glob("*.whl")
+    environment.install(str(wheel))
+    try:
+        lacking = environment.run("python", "-c", CORE_ALONE).splitlines()
+        assert lacking.pop() == "semaphores need treq: pip install 'connlimit[semaphores]'"
+        assert dict(line.split() for line in lacking) == {
+            "connlimit._redis": "txredisapi",
+            "connlimit._redis_address": "txredisapi",
+            "connlimit._redis_limit": "txredisapi",
+            "connlimit._sentinel": "txredisapi",
+            "connlimit.metrics": "prometheus_client",
+            "connlimit.semaphores._redis_store": "txredisapi",
+            "connlimit.shared_admin": "txredisapi",
+        }
+        assert "--max-connections" in environment.run("twistd", "connlimit", "--help")
+        assert "--max-peers" in environment.run("twistd", "connlimit-semaphores", "--help")
+        for arguments, extra in (
+            (["connlimit", "--max-connections=1", "--shared=redis://localhost"], "redis"),
+            (["connlimit", "--shared=http://localhost:8000"], "semaphores"),
+            (["connlimit-semaphores", "--store=redis://localhost"], "redis"),
+        ):
+            said = environment.run("twistd", "-n", "--pidfile=", *arguments, code=1)
+            assert f"pip install 'connlimit[{extra}]'" in said
+            assert len(said.splitlines()) == 1
+    finally:
+        environment.run("python", "-m", "pip", "--quiet", "uninstall", "--yes", "connlimit")
 
 
 def test_the_wheel_holds_the_package_and_the_plugin_and_nothing_else(built: Path) -> None:
