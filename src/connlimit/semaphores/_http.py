@@ -79,7 +79,7 @@ class SemaphoreSite(Site):
         :param clock: measures how long a request may wait for its lock.
         """
         self._root = _Root(store, clock)
-        super().__init__(self._root, timeout=60, parsePOSTFormSubmission=False)
+        super().__init__(self._root, timeout=60)
 
     def log(self, request: object) -> None:
         """
