@@ -27,7 +27,7 @@ EXTRAS = {
     "_redis": {"txredisapi"},
     "_sentinel": {"txredisapi"},
     "shared_admin": {"txredisapi"},
-    "_toml": {"tomli"},
+    "_toml": {"tomli", "tomllib"},
     "semaphores._client": {"treq"},
 }
 
