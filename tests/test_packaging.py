@@ -17,6 +17,8 @@ from twisted.application.service import IServiceMaker
 from twisted.internet.interfaces import IStreamServerEndpointStringParser
 from twisted.plugin import getPlugins
 
+from connlimit import __version__
+
 ROOT = Path(__file__).parent.parent
 
 #: What a Twisted program does to find us, run from a folder that has nothing to do with us.
@@ -36,6 +38,10 @@ except ValueError:
 def test_this_installation_is_found() -> None:
     assert "connlimit" in [plugin.tapname for plugin in getPlugins(IServiceMaker)]
     assert "connlimit" in [plugin.prefix for plugin in getPlugins(IStreamServerEndpointStringParser)]
+
+
+def test_the_version_in_code_is_that_of_the_installation() -> None:
+    assert __version__ == version("connlimit")
 
 
 def test_the_core_needs_three_packages_alone() -> None:

@@ -11,6 +11,7 @@ import selectors
 import signal
 import socket
 import subprocess
+import sysconfig
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -31,7 +32,7 @@ from twisted.application.internet import SSLServer, StreamServerEndpointService,
 from twisted.application.service import IServiceMaker, MultiService, Service
 from twisted.plugin import getPlugins
 
-from connlimit import Limiter, LimitingFactory
+from connlimit import Limiter, LimitingFactory, __version__
 from connlimit._serving import limit_service
 from connlimit._tap import CannotStart, Options, makeService
 
@@ -417,6 +418,17 @@ def test_a_daemon_starts_serves_and_ends(echo: Path, tmp_path: Path) -> None:
     while pid.exists():
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+@pytest.mark.parametrize(
+    "program",
+    ["twistd connlimit", "twistd connlimit-semaphores", "connlimit-top", "connlimit-shared"],
+)
+def test_every_command_tells_the_version(program: str) -> None:
+    *_, name = words = program.split()
+    command = [str(Path(sysconfig.get_path("scripts")) / words[0]), *words[1:], "--version"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"{name} {__version__}\n", "")
 
 
 # What cannot start

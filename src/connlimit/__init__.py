@@ -7,6 +7,7 @@ from connlimit._limiter import Limiter, Snapshot
 from connlimit._log import LimiterLog
 from connlimit._proxied import AfterHeader
 from connlimit._service import LimitedService, LimitingEndpoint
+from connlimit._version import __version__
 
 __all__ = [
     "AfterHeader",
@@ -16,4 +17,5 @@ __all__ = [
     "LimitingEndpoint",
     "LimitingFactory",
     "Snapshot",
+    "__version__",
 ]

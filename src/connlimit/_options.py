@@ -11,6 +11,7 @@ from twisted.python import usage
 
 from connlimit._program import CannotStart
 from connlimit._settings import seconds
+from connlimit._version import __version__
 
 
 class ProgramOptions(usage.Options):
@@ -33,6 +34,13 @@ class ProgramOptions(usage.Options):
         listen at this server endpoint, such as tcp:8080; can be given several times
         """
         self["listen"].append(description)
+
+    def opt_version(self) -> None:
+        """
+        show the version, and exit
+        """
+        print(f"{self.program} {__version__}")
+        raise SystemExit(0)
 
     def parseOptions(self, options: list[str] | None = None) -> None:
         """

@@ -15,6 +15,7 @@ from twisted.internet.task import react
 from connlimit._redis import describe
 from connlimit._redis_address import RedisAddress
 from connlimit._redis_limit import PREFIX, set_slots
+from connlimit._version import __version__
 
 _TIMEOUT = 5  # seconds
 
@@ -27,6 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     parser = argparse.ArgumentParser(prog="connlimit-shared", description=__doc__)
     parser.add_argument("--url", default="redis://localhost", help="that of the Redis (%(default)s)")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     orders = parser.add_subparsers(dest="order", required=True)
     orders.add_parser("list", help="who holds how many slots of which limit")
     order = orders.add_parser("set", help="change a limit for all processes at once")

@@ -13,6 +13,8 @@ from typing import Any
 from urllib.error import URLError
 from urllib.request import urlopen
 
+from connlimit._version import __version__
+
 _BAR = 30
 
 
@@ -27,6 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--once", action="store_true", help="show it once")
     parser.add_argument("--json", action="store_true", help="show it as JSON, a line each time")
     parser.add_argument("--interval", type=float, default=1.0, metavar="SECONDS", help="between two looks")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     options = parser.parse_args(arguments)
     clear = "" if options.once or options.json or not sys.stdout.isatty() else "\x1b[H\x1b[J"
     while True:

@@ -1,0 +1,5 @@
+"""
+The version of connlimit.
+"""
+
+__version__ = "0.1.0"
