@@ -1,0 +1,3 @@
+"""
+What the system and every part of the program need.
+"""
