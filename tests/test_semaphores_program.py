@@ -28,6 +28,12 @@ def test_it_starts_without_a_file_and_says_so(tmp_path: Path) -> None:
         assert program.terminate() == 0
 
 
+@pytest.mark.parametrize("name", ["absent.toml", "throttle.toml", "", "."])
+def test_a_file_that_is_named_must_be_there(tmp_path: Path, name: str) -> None:
+    sentence = failing("connlimit-semaphores", "--config", name, cwd=tmp_path)
+    assert sentence.startswith(f"connlimit-semaphores: {name or '.'}: the file cannot be read")
+
+
 def test_it_warns_of_a_file_without_semaphores(tmp_path: Path) -> None:
     with ours(
         tmp_path, text='litter_collection_interval = "10ms"\n[logging.stderr]\nlevel = "WARN"\n'

@@ -22,6 +22,9 @@ from connlimit.status import status_service
 
 _LISTEN = "tcp:8000:interface=127.0.0.1"
 
+#: The file that is read if none is named; it may be missing.
+_CONFIG = "throttle.toml"
+
 
 class Options(ProgramOptions):
     """
@@ -36,7 +39,13 @@ class Options(ProgramOptions):
         " something at once that others must wait. Everything is kept in memory, unless there is a --store."
     )
     optParameters = [
-        ["config", None, "throttle.toml", "the semaphores, as a TOML file; SIGHUP reads it again"],
+        [
+            "config",
+            None,
+            None,
+            f"the semaphores, as a TOML file, which must exist; SIGHUP reads it again [default: {_CONFIG}, "
+            "if there is one]",
+        ],
         [
             "grace",
             None,
@@ -65,9 +74,10 @@ class Options(ProgramOptions):
         self["most-peers"] = self.count("max-peers")
         if self["store"] and self["grace-seconds"]:
             raise usage.UsageError("--grace must be left out with --store, which forgets nobody")
-        path = Path(self["config"])
+        is_named = self["config"] is not None
+        self["path"] = Path(self["config"] if is_named else _CONFIG)
         try:
-            self["semaphores"] = read(path) if path.exists() else None
+            self["semaphores"] = read(self["path"]) if is_named or self["path"].exists() else None
             self["endpoints"] = [server_endpoint(reactor, each) for each in self["listen"] or [_LISTEN]]
             self["status-endpoint"] = (
                 server_endpoint(reactor, self["status"], "--status") if self["status"] else None
@@ -102,7 +112,7 @@ def makeService(options: Options) -> Program:
     _descriptors.raise_limit()
     config = options["semaphores"]
     program = SemaphoreProgram(
-        Path(options["config"]),
+        options["path"],
         config or {},
         options["endpoints"],
         options["kept"],
@@ -112,7 +122,7 @@ def makeService(options: Options) -> Program:
         polls_timeout=options["drain-timeout-seconds"],
     )
     if config is None:
-        program.hints = (f"{options['config']}: there is no such file, so there are no semaphores",)
+        program.hints = (f"{options['path']}: there is no such file, so there are no semaphores",)
     if options["status-endpoint"] is not None:
         program.status = status_service(options["status-endpoint"], program)
     return program
