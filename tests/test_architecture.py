@@ -26,7 +26,6 @@ EXTRAS = {
     "metrics": {"prometheus_client"},
     "_redis": {"txredisapi"},
     "_sentinel": {"txredisapi"},
-    "shared_admin": {"txredisapi"},
     "_toml": {"tomli", "tomllib"},
     "semaphores._client": {"treq"},
 }

@@ -172,10 +172,12 @@ def test_the_core_alone_works_and_says_which_extra_it_lacks(built: Path, environ
             "connlimit._sentinel": "txredisapi",
             "connlimit.metrics": "prometheus_client",
             "connlimit.semaphores._redis_store": "txredisapi",
-            "connlimit.shared_admin": "txredisapi",
         }
         assert "--max-connections" in environment.run("twistd", "connlimit", "--help")
         assert "--max-peers" in environment.run("twistd", "connlimit-semaphores", "--help")
+        assert "reset" in environment.run("connlimit-shared", "--help")
+        said = environment.run("connlimit-shared", "list", code=2)
+        assert said == "connlimit-shared: this needs txredisapi: pip install 'connlimit[redis]'\n"
         for arguments, extra in (
             (["connlimit", "--max-connections=1", "--shared=redis://localhost"], "redis"),
             (["connlimit", "--shared=http://localhost:8000"], "semaphores"),

@@ -399,11 +399,11 @@ def test_a_url_can_carry_what_a_limit_takes() -> None:
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"url": "http://localhost"}, "url must be that of a Redis"),
-        ({"url": "redis://"}, "url must be that of a Redis"),
-        ({"url": "redis://host:port"}, "url must be that of a Redis"),
-        ({"url": "redis://host/db"}, "url must be that of a Redis"),
-        ({"url": "unix://"}, "url must be that of a Redis"),
+        ({"url": "http://localhost"}, "url must name a Redis"),
+        ({"url": "redis://"}, "url must name a Redis"),
+        ({"url": "redis://host:port"}, "url must name a Redis"),
+        ({"url": "redis://host/db"}, "url must name a Redis"),
+        ({"url": "unix://"}, "url must name a Redis"),
         ({"slots": -1}, "slots must be a whole number"),
         ({"name": ""}, "name must be a text"),
         ({"ttl": 0}, "ttl must be a number of seconds"),
@@ -414,9 +414,9 @@ def test_a_url_can_carry_what_a_limit_takes() -> None:
         ({"url": "redis://host?when_unreachable=local"}, "when_unreachable must be .*, not 'local'"),
         ({"url": "redis://host?tttl=5"}, "url can have the parameters ttl, when_unreachable, not tttl=5"),
         ({"url": "redis://host?ssl_ca_certs=x"}, "url can have .*, not ssl_ca_certs=x"),
-        ({"url": "redis+sentinel://host"}, "url must be that of a Redis"),
-        ({"url": "redis+sentinel://host,:1/service"}, "url must be that of a Redis"),
-        ({"url": "redis://:secret@host/db"}, r"url must be .*, not 'redis://:\*\*\*@host/db'"),
+        ({"url": "redis+sentinel://host"}, "url must name a Redis"),
+        ({"url": "redis+sentinel://host,:1/service"}, "url must name a Redis"),
+        ({"url": "redis://:secret@host/db"}, r"url must name .*, not 'redis://:\*\*\*@host/db'"),
         ({"url": "rediss://host?ssl_ca_certs=/none"}, "ssl_ca_certs must be a file of .*, not '/none'"),
     ],
 )
@@ -588,8 +588,17 @@ def test_an_endpoint_string_and_a_file_can_ask_for_it(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--shared=redis://localhost"], "shared needs max_connections"),
-        (["--shared=nonsense", "--max-connections=5"], "url must be that of a Redis"),
+        (["--shared=redis://localhost"], "--shared needs --max-connections"),
+        (
+            ["--shared=nonsense", "--max-connections=5"],
+            "--shared must name a Redis, such as redis://localhost,",
+        ),
+        (
+            ["--shared=redis://", "--max-connections=5"],
+            "--shared must name a Redis, such as redis://localhost:",
+        ),
+        (["--shared=redis://x?tttl=0", "--max-connections=5"], "--shared can have the parameters ttl,"),
+        (["--shared=reddis://a:secret@host", "--max-connections=5"], "not 'reddis://***@host'"),
         (["--shared=redis://x?ttl=0", "--max-connections=5"], "ttl must be a number of seconds from 0.5"),
     ],
 )
@@ -1019,6 +1028,46 @@ def test_wrong_orders_get_one_sentence(redis: Redis, tmp_path: Path) -> None:
     assert done.returncode == 1
     assert "cannot be used" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+ADMINISTER = "from connlimit.shared_admin import main; main()"
+
+WITHOUT_TXREDISAPI = """
+import sys
+sys.modules["txredisapi"] = None
+from connlimit.shared_admin import main
+main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("code", "arguments", "exit_code", "words"),
+    [
+        (WITHOUT_TXREDISAPI, ["--help"], 0, "usage: "),
+        (WITHOUT_TXREDISAPI, ["--version"], 0, ""),
+        (WITHOUT_TXREDISAPI, ["list"], 2, "this needs txredisapi: pip install 'connlimit[redis]'\n"),
+        (ADMINISTER, [], 2, "the following arguments are required: order"),
+        (ADMINISTER, ["lisst"], 2, "'lisst'"),
+        (ADMINISTER, ["set", "web"], 2, "the following arguments are required: N"),
+        (ADMINISTER, ["set", "web", "-1"], 2, "-1"),
+        (ADMINISTER, ["set", "web", "many"], 2, "N must be a whole number, 0 or more, not 'many'"),
+        (ADMINISTER, ["set", "", "1"], 2, "NAME must be that of a limit, not ''"),
+        (ADMINISTER, ["reset", ""], 2, "NAME must be that of a limit, not ''"),
+        (ADMINISTER, ["--url", "http://localhost", "list"], 2, "--url must name a Redis, such as redis://"),
+        (ADMINISTER, ["--url", "redis://x?y=1", "list"], 2, "--url can have the parameters ttl, "),
+    ],
+)
+def test_its_command_line_is_carried_out_or_told_why_not_in_one_sentence(
+    code: str, arguments: list[str], exit_code: int, words: str
+) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=PATIENCE
+    )
+    assert done.returncode == exit_code, done
+    assert words in done.stdout + done.stderr
+    if exit_code:
+        assert done.stderr.startswith("connlimit-shared: ")
+        assert len(done.stderr.splitlines()) == 1
 
 
 def lease(redis: Redis, keys: list[str], *arguments: object) -> tuple[int, int]:

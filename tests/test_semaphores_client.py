@@ -260,7 +260,7 @@ async def test_what_is_no_server_of_semaphores_is_told_as_such(tmp_path: Path) -
 
 @pytest.mark.parametrize("url", ["localhost:8000", "redis://localhost", "", "http://", None])
 def test_a_wrong_url_is_told_in_a_sentence(url: Any) -> None:
-    with pytest.raises(ValueError, match=r"url must be that of a server of semaphores, such as .*, not "):
+    with pytest.raises(ValueError, match=r"url must name a server of semaphores, such as .*, not "):
         Semaphores(url)
 
 

@@ -50,7 +50,7 @@ def test_it_warns_of_a_file_without_semaphores(tmp_path: Path) -> None:
         (["--max-peers", "0"], "--max-peers must be a whole number, 1 or more, not '0'"),
         (["--status", "nonsense"], "--status must be an endpoint"),
         (["--grace", "1", "--store", "redis://localhost"], "--grace must be left out with --store"),
-        (["--store", "http://localhost"], "url must be that of a Redis"),
+        (["--store", "http://localhost"], "--store must name a Redis"),
         (["--nonsense"], "option --nonsense not recognized"),
     ],
 )

@@ -159,7 +159,7 @@ async def test_an_unknown_semaphore_gives_no_slots_and_is_said_once(tmp_path: Pa
 def test_a_wrong_name_or_url_is_told_in_a_sentence() -> None:
     with pytest.raises(ValueError, match="semaphore must be a text of at least one character, not ''"):
         ThrottleLimit("", "http://localhost:8000")
-    with pytest.raises(ValueError, match="url must be that of a server of semaphores"):
+    with pytest.raises(ValueError, match="url must name a server of semaphores"):
         ThrottleLimit("A", "localhost")
 
 
@@ -174,4 +174,4 @@ def test_the_command_line_shares_a_limit_by_its_name(tmp_path: Path) -> None:
                 assert server.ask("GET", "/remainder?semaphore=A") == (200, "2")
             assert program.terminate() == 0
         assert server.ask("GET", "/remainder?semaphore=A") == (200, "3")
-    assert "url must be that of a server of semaphores" in failing("connlimit", *arguments[:-1], "http://")
+    assert "--shared must name a server of semaphores" in failing("connlimit", *arguments[:-1], "http://")

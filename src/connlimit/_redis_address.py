@@ -67,7 +67,7 @@ class RedisAddress:
             where = _PLACES[parts.scheme](parts, hosts, parameters)
         except (ValueError, KeyError, AttributeError, TypeError):
             raise ValueError(
-                "url must be that of a Redis, such as redis://localhost:6379/0 or unix:///run/redis.sock, "
+                "url must name a Redis, such as redis://localhost:6379/0 or unix:///run/redis.sock, "
                 f"not {without_password(url)!r}"
             ) from None
         known = {*OF_A_LIMIT, *_PARAMETERS[parts.scheme]}

@@ -4,37 +4,65 @@ The shared limit that a text asks for: on the command line, in a file, or in an 
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
 from typing import Any
 
 from connlimit._settings import Settings
 from connlimit.interfaces import ILimit
 
+_OF_SEMAPHORES = ("http:", "https:")
+_OF_A_REDIS = ("redis:", "rediss:", "unix:", "redis+sentinel:")
 
-def shared_limits(url: str | None, settings: Settings) -> tuple[Any, ...]:
+
+def shared_limits(url: str | None, settings: Settings, spell: Callable[[str], str] = str) -> tuple[Any, ...]:
     """
     The limit by which all processes that give the same URL and the same name share ``max_connections``, or
     the slots of the semaphore of that name.
 
     :param url: that of a Redis, or of a server of semaphores, or None.
+    :param spell: how the user spells a setting's name.
     :return: the limit, or nothing without a URL.
     :raises ValueError: if the URL is wrong, or what it takes is not installed or not set.
     """
     if url is None:
         return ()
-    if url.startswith(("http:", "https:")):
+    shared = spell("shared")
+    if url.lower().startswith(_OF_SEMAPHORES):
         try:
             from connlimit.shared import ThrottleLimit
 
             return (ThrottleLimit(settings.name, url),)
         except ImportError:
-            raise ValueError("shared needs treq: pip install 'connlimit[semaphores]'") from None
+            raise ValueError(f"{shared} needs treq: pip install 'connlimit[semaphores]'") from None
+        except ValueError as error:
+            raise ValueError(renamed(error, shared)) from None
+    if not url.lower().startswith(_OF_A_REDIS):
+        raise ValueError(
+            f"{shared} must name a Redis, such as redis://localhost, or a server of semaphores, such as "
+            f"http://localhost:8000, not {_without_password(url)!r}"
+        )
     if settings.max_connections is None:
-        raise ValueError("shared needs max_connections, how many are served at once in all")
+        raise ValueError(f"{shared} needs {spell('max_connections')}, how many are served at once in all")
     try:
         from connlimit.shared import RedisLimit
     except ImportError:
-        raise ValueError("shared needs txredisapi: pip install 'connlimit[redis]'") from None
-    return (RedisLimit(settings.name, settings.max_connections, url=url),)
+        raise ValueError(f"{shared} needs txredisapi: pip install 'connlimit[redis]'") from None
+    try:
+        return (RedisLimit(settings.name, settings.max_connections, url=url),)
+    except ValueError as error:
+        raise ValueError(renamed(error, shared)) from None
+
+
+def _without_password(url: str) -> str:
+    return re.sub("//[^/]*@", "//***@", url)
+
+
+def renamed(error: ValueError, name: str) -> str:
+    """
+    The sentence on a wrong URL, with the name by which the user gave it.
+    """
+    return re.sub(r"\Aurl\b", name, str(error))
 
 
 async def close(limits: tuple[ILimit, ...]) -> None:

@@ -118,7 +118,9 @@ class Options(ProgramOptions):
             self["drain"] = self.time("drain-timeout")
             check_when_full(self["when-full"], "--when-full")
             self["settings"] = parse({k: v for k, v in given.items() if v is not None}, _spell)
-            shared_limits(self["shared"], Settings().evolve(self["settings"]))  # whether it can be made
+            shared_limits(
+                self["shared"], Settings().evolve(self["settings"]), _spell
+            )  # whether it can be made
             self["processes"] = self.count("processes", MOST_PROCESSES)
         except ValueError as error:
             raise usage.UsageError(str(error)) from None

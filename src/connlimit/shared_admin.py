@@ -7,26 +7,39 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from twisted.internet.defer import Deferred, ensureDeferred
 from twisted.internet.task import react
 
-from connlimit._redis import describe
-from connlimit._redis_address import RedisAddress
-from connlimit._redis_limit import PREFIX, set_slots
+from connlimit._sharing import renamed
 from connlimit._version import __version__
 
+if TYPE_CHECKING:
+    from connlimit._redis_address import RedisAddress
+
 _TIMEOUT = 5  # seconds
+
+
+class _Parser(argparse.ArgumentParser):
+    """
+    A parser that says what is wrong in one sentence, as our other programs do.
+    """
+
+    def error(self, message: str) -> NoReturn:
+        """
+        Exit with the sentence.
+        """
+        self.exit(2, f"connlimit-shared: {message}\n")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """
     Carry out what the command line says.
 
-    Exits with 0, with 1 if Redis does not answer, or with 2 if the command line is wrong.
+    Exits with 0; with 1 if Redis does not answer; with 2 if the command line is wrong, or txredisapi missing.
     """
-    parser = argparse.ArgumentParser(prog="connlimit-shared", description=__doc__)
+    parser = _Parser(prog="connlimit-shared", description=__doc__)
     parser.add_argument("--url", default="redis://localhost", help="that of the Redis (%(default)s)")
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     orders = parser.add_subparsers(dest="order", required=True)
@@ -41,14 +54,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if options.order == "set" and not options.slots.isdecimal():
         parser.error(f"N must be a whole number, 0 or more, not {options.slots!r}")
+    if options.order != "list" and not options.name:
+        parser.error("NAME must be that of a limit, not ''")
     try:
+        from connlimit._redis_address import RedisAddress
+
         address = RedisAddress.from_url(options.url)
+    except ImportError:
+        parser.error("this needs txredisapi: pip install 'connlimit[redis]'")
     except ValueError as error:
-        parser.error(str(error))
+        parser.error(renamed(error, "--url"))
     react(lambda reactor: ensureDeferred(_carry_out(reactor, options, address)))
 
 
 async def _carry_out(reactor: Any, options: argparse.Namespace, address: RedisAddress) -> None:
+    from connlimit._redis import describe
+    from connlimit._redis_limit import PREFIX, set_slots
+
     try:
         redis = await _soon(reactor, Deferred.fromCoroutine(address.connector(reactor)()))
         if options.order == "list":
@@ -76,6 +98,8 @@ async def _lines(reactor: Any, redis: Any) -> list[str]:
     """
     The limits and their members, a line each.
     """
+    from connlimit._redis_limit import PREFIX
+
     names = set()
     for kind in ("held", "alive", "slots"):
         for key in await _soon(reactor, redis.keys(f"{PREFIX}:{{*}}:{kind}")):

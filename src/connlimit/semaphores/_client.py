@@ -91,7 +91,7 @@ class Semaphores:
         parts = urlsplit(url) if isinstance(url, str) else None
         if parts is None or parts.scheme not in ("http", "https") or not parts.hostname:
             raise ValueError(
-                f"url must be that of a server of semaphores, such as http://localhost:8000, not {url!r}"
+                f"url must name a server of semaphores, such as http://localhost:8000, not {url!r}"
             )
         if isinstance(expires_in, bool) or not isinstance(expires_in, (int, float)) or not expires_in >= 0.1:
             raise ValueError(f"expires_in must be a number of seconds, 0.1 or more, not {expires_in!r}")

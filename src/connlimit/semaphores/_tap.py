@@ -13,6 +13,7 @@ from connlimit import _descriptors
 from connlimit._options import ProgramOptions
 from connlimit._program import CannotStart, Program
 from connlimit._serving import server_endpoint
+from connlimit._sharing import renamed
 from connlimit._toml import ConfigError
 from connlimit.semaphores._config import read
 from connlimit.semaphores._program import SemaphoreProgram
@@ -99,7 +100,10 @@ def _store(url: str | None, state: State, reactor: Any) -> IStore:
         from connlimit.semaphores._redis_store import RedisStore
     except ImportError:
         raise ValueError("--store needs txredisapi: pip install 'connlimit[redis]'") from None
-    store: IStore = RedisStore(state, url, reactor)
+    try:
+        store: IStore = RedisStore(state, url, reactor)
+    except ValueError as error:
+        raise ValueError(renamed(error, "--store")) from None
     return store
 
 
