@@ -208,6 +208,12 @@ class Log:
             if event["log_level"] is LogLevel.warn and event["log_namespace"].startswith("connlimit")
         ]
 
+    def failures(self) -> list[str]:
+        """
+        What anybody logs as a failure, an error that nobody handled in a Deferred among them.
+        """
+        return [formatEvent(event) for event in self.events if event["log_level"] >= LogLevel.error]
+
     def texts(self) -> list[str]:
         """
         What connlimit says, as text.

@@ -4,6 +4,7 @@ Each block of code and each command in the documentation is what works.
 
 from __future__ import annotations
 
+import gc
 import re
 import shutil
 import signal
@@ -17,7 +18,7 @@ import attrs
 import pytest
 from pytest_twisted import ensureDeferred
 from sockets import patiently
-from support import PATIENCE, require_program, running
+from support import PATIENCE, Log, require_program, running
 from test_semaphores_http import ours
 from twisted.internet import endpoints
 from twisted.internet.defer import ensureDeferred as start
@@ -148,11 +149,17 @@ def test_a_command_starts_what_it_says(command: str, folder: Path) -> None:
         if arguments[0] != "web":
             program.wait_for("served at once")
         code = program.terminate()
+        assert not re.search("Traceback|Unhandled", program.output), program.output
         assert code == (-signal.SIGTERM if arguments[0] == "web" else 0)
 
 
 PRELUDE = """
+import gc
+import sys
 import time
+from twisted.logger import LogLevel, globalLogPublisher
+failures = []
+globalLogPublisher.addObserver(lambda event: event["log_level"] >= LogLevel.error and failures.append(event))
 from twisted.internet import reactor, ssl, task
 from twisted.internet.endpoints import TCP4ServerEndpoint, serverFromString
 from twisted.internet.protocol import Factory, Protocol
@@ -186,6 +193,19 @@ while line:
 assert [waiting.index(each) for each in turns] == [1, 3, 0, 2], turns
 """
 
+#: What went wrong without being raised, also in a Deferred that nobody looks at.
+VERDICT = """
+reactor.callWhenRunning(reactor.callLater, 0.1, reactor.stop)
+reactor.run()
+del each, line, waiting
+gc.collect()
+for event in failures:
+    print(event)
+    if "log_failure" in event:
+        event["log_failure"].printTraceback(sys.stdout)
+sys.exit(bool(failures))
+"""
+
 
 def test_the_code_of_the_recipes_runs(folder: Path) -> None:
     code = [PRELUDE]
@@ -197,11 +217,11 @@ def test_the_code_of_the_recipes_runs(folder: Path) -> None:
             ):  # the page says what takes its place with an older Twisted
                 text = re.sub(r".*wrapServerTLS.*", "", text)
             code.append(f"# {block}\n{text}\n")
-    code.append(EPILOGUE)
+    code += [EPILOGUE, VERDICT]
     done = subprocess.run(
         [sys.executable, "-c", "\n".join(code)], cwd=folder, capture_output=True, text=True, timeout=PATIENCE
     )
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("block", [each for each in BLOCKS if each.language == "text"], ids=str)
@@ -219,7 +239,7 @@ async def test_the_code_that_takes_locks_takes_them(tmp_path: Path) -> None:
 
     python = [block for block in BLOCKS if block.page == "semaphores.rst" and block.language == "python"]
     shell = [block for block in BLOCKS if block.page == "semaphores.rst" and block.language == "sh"]
-    with ours(tmp_path, text=(EXAMPLES / "throttle.toml").read_text()) as server:
+    with Log() as log, ours(tmp_path, text=(EXAMPLES / "throttle.toml").read_text()) as server:
         url = f"http://127.0.0.1:{server.port}"
         names: dict[str, Any] = {"use_it": lambda: succeed(None)}
         for block in python:
@@ -241,3 +261,7 @@ async def test_the_code_that_takes_locks_takes_them(tmp_path: Path) -> None:
             assert "working" in done.stdout
         assert server.ask("GET", "/remainder?semaphore=database") == (200, "50")
         assert server.ask("GET", "/remainder?semaphore=licence") == (200, "3")
+        names.clear()
+        gc.collect()
+        assert log.failures() == []
+        assert "Traceback" not in server.program.output

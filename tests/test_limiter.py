@@ -584,6 +584,20 @@ class FurtherLimitTests(LimiterTestCase):
         self.assertEqual(self.served(), [0])
         self.assert_counts(active=1, waiting=1)
 
+    def test_a_limit_may_call_back_while_it_is_subscribed_to(self) -> None:
+        class Eager(RemoteLimit):
+            def subscribe(self, callback: Callable[[], None]) -> None:
+                super().subscribe(callback)
+                callback()
+
+        for settings in ({}, {"order": "adaptive"}, {"max_rate": 5, "max_per_peer": 1}, {"dry_run": True}):
+            remote = Eager()
+            self.limited(2, limits=[remote], **settings)
+            self.connect()
+            self.assert_counts(active=0, waiting=1)
+            remote.grant(1)
+            self.assert_counts(active=1, waiting=0)
+
     def test_a_limit_that_raises_is_logged_and_has_no_room(self) -> None:
         class Broken(RemoteLimit):
             def try_acquire(self, connection: object) -> bool:

@@ -4,6 +4,7 @@ What the README shows is what there is.
 
 from __future__ import annotations
 
+import re
 import socket
 import subprocess
 import sys
@@ -58,6 +59,6 @@ def test_the_example_in_code_runs() -> None:
         for connection in connections[1:]:
             connection.close()
     finally:
-        process.kill()
-        process.wait()
-        process.stdout.close()
+        process.terminate()
+        rest = process.communicate(timeout=PATIENCE)[0]
+    assert not re.search("Traceback|Unhandled", rest), rest

@@ -176,8 +176,6 @@ class Limiter:
         self._peers: PerKey | None = None
         self._rate: Rate | None = None
         self.limits = tuple(limits)
-        for limit in self.limits:
-            limit.subscribe(partial(self._may_have_room, limit))
         self._refusing = tuple(limit for limit in self.limits if IRefusingLimit.providedBy(limit))
 
         # The address of each connection that holds a slot, by a weak reference to it.
@@ -218,6 +216,9 @@ class Limiter:
         self._set_limits()
         if self.settings.dry_run:
             self._switch_dry_run()
+        # Last, since a limit may call back at once.
+        for limit in self.limits:
+            limit.subscribe(partial(self._may_have_room, limit))
 
     def __repr__(self) -> str:
         return (
