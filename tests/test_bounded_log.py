@@ -127,6 +127,13 @@ class BoundedLogTests(SynchronousTestCase):
         self.clock.pump([60, 60])
         self.assertIn("not again", self.said()[-1])
 
+    def test_a_reactor_that_does_not_run_keeps_nothing_from_being_said(self) -> None:
+        now = 0.0
+        self.clock.seconds = lambda: now
+        for now in range(0, 601, 10):
+            self.log.warn("{who} is late", who=now)
+        self.assertEqual(self.said()[:2], ["0 is late", "120 is late (12 times in the last 60 s)"])
+
     def test_without_a_clock_the_reactor_counts(self) -> None:
         log = BoundedLog(Logger("connlimit.test", observer=self.events.append), interval=1000.0)
         log.warn("late")

@@ -102,12 +102,12 @@ class BuildingTests(LimiterTestCase):
     What the wrapped factory builds, or fails to build.
     """
 
-    def build(self, result: object) -> None:
+    def build(self, *results: object) -> None:
         """
-        Let the server build this for the first connection, and echoes for the others.
+        Let the server build these for the first connections, and echoes for the others.
         """
         built = self.server.buildProtocol
-        results = [result]
+        results = list(reversed(results))
 
         def build(address: object) -> Protocol | None:
             ours = built(address)
@@ -156,3 +156,9 @@ class BuildingTests(LimiterTestCase):
                 self.assertEqual((first.closed, second.closed), (True, False))
                 self.assert_counts(active=1, waiting=0, finished=1)
                 self.assertEqual(len(self.flushLoggedErrors(ApplicationError)), 1)
+
+    def test_many_failures_have_one_traceback(self) -> None:
+        self.limited(100)
+        self.build(*[ApplicationError()] * 100)
+        self.assertTrue(all(client.closed for client in self.connect(100)))
+        self.assertEqual(len(self.flushLoggedErrors(ApplicationError)), 1)

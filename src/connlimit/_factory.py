@@ -21,6 +21,7 @@ from zope.interface import alsoProvides, implementer, providedBy
 from connlimit import _refusing
 from connlimit._limiter import Limiter
 from connlimit._protocol import DelegatingProtocol, WaitingProtocol, class_for
+from connlimit._system.bounded_log import BoundedLog
 
 
 @implementer(IProtocolFactory, ILoggingContext)
@@ -32,10 +33,9 @@ class LimitingFactory:
 
     :ivar wrappedFactory: the factory whose protocols serve the connections.
     :ivar limiter: the limiter, which other factories may share.
+    :ivar connection_log: where failures of connections are logged.
     :ivar is_tls: whether the wrapped factory is the one that speaks TLS.
     """
-
-    _log = Logger()
 
     def __init__(self, wrappedFactory: IProtocolFactory, limiter: Limiter) -> None:
         """
@@ -45,6 +45,7 @@ class LimitingFactory:
             raise TypeError(f"wrappedFactory must provide IProtocolFactory, not {wrappedFactory!r}")
         if not isinstance(limiter, Limiter):
             raise TypeError(f"limiter must be a Limiter, not {limiter!r}")
+        self.connection_log = BoundedLog(Logger())
         self.wrappedFactory = wrappedFactory
         self.limiter = limiter
         self._last_provided: object = None
@@ -106,7 +107,9 @@ class LimitingFactory:
             try:
                 protocol = self.wrappedFactory.buildProtocol(address)
             except Exception:
-                self._log.failure("{factory} failed to build a protocol", factory=self.wrappedFactory)
+                self.connection_log.failure(
+                    "{factory} failed to build a protocol", factory=self.wrappedFactory
+                )
                 protocol = None
             if protocol is None:
                 limiter.finish(connection)

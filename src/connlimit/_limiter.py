@@ -64,6 +64,7 @@ from connlimit._inert import Inert
 from connlimit._line import ORDERS, Line
 from connlimit._peers import peer_key
 from connlimit._settings import Settings, adjustable
+from connlimit._system.bounded_log import BoundedLog
 from connlimit.interfaces import (
     IConnection,
     IKeyedLimit,
@@ -143,8 +144,6 @@ class Limiter:
     :ivar limits: the further limits that it was given.
     """
 
-    _log = Logger()
-
     if TYPE_CHECKING:
         # The attributes that `adjustable` adds.
 
@@ -171,6 +170,7 @@ class Limiter:
         :raises ValueError: for a wrong value.
         """
         self.settings = Settings().evolve({"max_connections": max_connections, **settings})
+        self._log = BoundedLog(Logger())
         self._clock = _checked_clock(clock) if clock is not None else None
         self._most = math.inf
         self._peers: PerKey | None = None

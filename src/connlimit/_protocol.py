@@ -17,7 +17,6 @@ from twisted.internet.interfaces import (
     ISSLTransport,
 )
 from twisted.internet.protocol import Protocol, connectionDone
-from twisted.logger import Logger
 from twisted.protocols.policies import ProtocolWrapper
 from twisted.python.failure import Failure
 from zope.interface import implementer, providedBy
@@ -70,7 +69,6 @@ class DelegatingProtocol:  # type: ignore[misc]  # connectionMade is for makeCon
         "wrappedProtocol",
     )
 
-    _log = Logger()
     factory: LimitingFactory
     address: Any
     # Any: what these two provide depends on the transport and on the delegate.
@@ -170,20 +168,22 @@ class DelegatingProtocol:  # type: ignore[misc]  # connectionMade is for makeCon
                 return
             self._take_log_prefix()
         except Exception:
-            self._log.failure("{connection} could not be served", connection=self)
+            self.factory.connection_log.failure("{connection} could not be served", connection=self)
             self.abort()
             return
         try:
             protocol.makeConnection(self.transport)
         except Exception:
             # As without us: Twisted logs it and leaves the connection open.
-            self._log.failure("{protocol} failed to make its connection", protocol=protocol)
+            self.factory.connection_log.failure("{protocol} failed to make its connection", protocol=protocol)
         try:
             for data in waiting.kept:
                 if self.connected and not self.transport.disconnecting:
                     self.dataReceived(data)
         except Exception:
-            self._log.failure("{protocol} failed to receive what it was sent", protocol=protocol)
+            self.factory.connection_log.failure(
+                "{protocol} failed to receive what it was sent", protocol=protocol
+            )
             self.abort()
 
     def refuse(self, reason: str) -> None:
@@ -200,7 +200,7 @@ class DelegatingProtocol:  # type: ignore[misc]  # connectionMade is for makeCon
             for data in waiting.kept:
                 self.dataReceived(data)
         except Exception:
-            self._log.failure("{connection} could not be refused", connection=self)
+            self.factory.connection_log.failure("{connection} could not be refused", connection=self)
             self.abort()
 
     def _put_in_place(self, protocol: IProtocol | None) -> bool:
@@ -226,7 +226,7 @@ class DelegatingProtocol:  # type: ignore[misc]  # connectionMade is for makeCon
         try:
             self.transport.loseConnection()
         except Exception:
-            self._log.failure("{connection} could not be closed", connection=self)
+            self.factory.connection_log.failure("{connection} could not be closed", connection=self)
         self.factory.limiter.clock.callLater(_GRACE, self._abort_if_connected)
 
     def _abort_if_connected(self) -> None:
@@ -254,7 +254,7 @@ class DelegatingProtocol:  # type: ignore[misc]  # connectionMade is for makeCon
         try:
             _sockets.abort(self.transport)
         except Exception:
-            self._log.failure("{connection} could not be ended", connection=self)
+            self.factory.connection_log.failure("{connection} could not be ended", connection=self)
 
     def idle(self) -> float | None:
         """

@@ -14,9 +14,10 @@ from twisted.python.failure import Failure
 from connlimit import _descriptors
 from connlimit._limiter import Limiter
 from connlimit._sockets import abort
+from connlimit._system.bounded_log import BoundedLog
 from connlimit.refusals import DESCRIPTORS, LINGER
 
-_log = Logger()
+_log = BoundedLog(Logger())
 
 #: How many refusals can be said at once in this process, if there is no limit of descriptors.
 _MOST = 1000

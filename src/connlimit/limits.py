@@ -13,6 +13,7 @@ from twisted.internet.interfaces import IAddress, IDelayedCall, IReactorTime
 from twisted.logger import Logger
 from zope.interface import implementer
 
+from connlimit._system.bounded_log import BoundedLog
 from connlimit.interfaces import IConnection, IKeyedLimit, ILimit
 
 
@@ -225,9 +226,8 @@ class All:
     A limit that raises when it is asked is logged and counts as having no room.
     """
 
-    _log = Logger()
-
     def __init__(self, limits: Sequence[ILimit]) -> None:
+        self._log = BoundedLog(Logger())
         self.limits = tuple(limits)
         # Bound once, since each connection asks all of them.
         self._acquires = tuple(limit.try_acquire for limit in limits)

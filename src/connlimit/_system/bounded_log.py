@@ -26,7 +26,7 @@ class _Kind:
     :ivar total: how often it has happened since then.
     :ivar uncounted: how often since its last line.
     :ivar last: the text of the last.
-    :ivar timer: says the count; there is one if it has happened again.
+    :ivar due: when the count is to be said, and the timer that does it, if it has happened again.
     :ivar over_at: when its end was said last.
     :ivar is_over: whether that was said since it happened last.
     """
@@ -36,6 +36,7 @@ class _Kind:
     total: int = 1
     uncounted: int = 0
     last: str = ""
+    due: float = 0.0
     timer: IDelayedCall | None = None
     over_at: float | None = None
     is_over: bool = False
@@ -142,9 +143,12 @@ class BoundedLog:
         kind.is_over = False
         # The text alone is kept: the facts would keep connections.
         kind.last = formatEvent({"log_format": format, **facts})
+        now = self._seconds()
         if kind.timer is None:
-            left = max(0.0, kind.since + self._interval - self._seconds())
-            kind.timer = self._call_later(left, self._interval_over, kind_format)
+            self._set_timer(kind_format, kind, max(0.0, kind.since + self._interval - now))
+        elif now >= kind.due + self._interval:  # that reactor does not run
+            kind.timer.cancel()
+            self._interval_over(kind_format)
 
     def _interval_over(self, format: str) -> None:
         kind = self._kinds[format]
@@ -158,7 +162,7 @@ class BoundedLog:
                 seconds=self._interval,
             )
             kind.uncounted = 0
-            kind.timer = self._call_later(self._interval, self._interval_over, format)
+            self._set_timer(format, kind, self._interval)
             return
         del self._kinds[format]
         if not kind.is_over:
@@ -172,9 +176,9 @@ class BoundedLog:
     def _seconds(self) -> float:
         return time.monotonic() if self._clock is None else self._clock.seconds()
 
-    def _call_later(self, seconds: float, call: Any, *arguments: Any) -> IDelayedCall:
+    def _set_timer(self, format: str, kind: _Kind, seconds: float) -> None:
         clock: Any = self._clock
         if clock is None:
             from twisted.internet import reactor as clock
-        timer: IDelayedCall = clock.callLater(seconds, call, *arguments)
-        return timer
+        kind.due = self._seconds() + seconds
+        kind.timer = clock.callLater(seconds, self._interval_over, format)
