@@ -23,6 +23,7 @@ from zope.interface import implementer
 from zope.interface.interface import InterfaceClass
 
 from connlimit import Limiter, LimitingFactory
+from connlimit._sockets import lowest
 
 pytest.importorskip("OpenSSL")
 from twisted.internet.ssl import DefaultOpenSSLContextFactory
@@ -392,3 +393,38 @@ async def test_a_tls_connection_that_waits_has_not_begun_its_handshake(certifica
     assert limiter.snapshot().accepted == 1
     await patiently(port.stopListening())
     await patiently(limiter.drain(0))
+
+
+class Naming(Protocol):
+    """
+    Tells its factory what the transports below it are called.
+    """
+
+    def connectionMade(self) -> None:
+        transport = lowest(self.transport)
+        names = f"{transport!r} {transport.logstr} {transport.logPrefix()}"
+        self.factory.names = names.replace(str(transport.getHost().port), "PORT")
+        self.transport.loseConnection()
+
+
+@pytest.mark.parametrize("kind", ["tcp", "ssl"])
+@ensureDeferred
+async def test_transports_are_called_as_without_a_limiter(kind: str, certificate: Path) -> None:
+    names = set()
+    for way in WAYS:
+        server = Factory.forProtocol(Naming)
+        limiter = Limiter(0 if way == "waited" else 1)
+        where = f"ssl:0:privateKey={certificate}" if kind == "ssl" else "tcp:0"
+        endpoint = serverFromString(reactor, f"{where}:interface=127.0.0.1")
+        port = await endpoint.listen(server if way == "bare" else LimitingFactory(server, limiter))
+        client = socket.create_connection(("127.0.0.1", port.getHost().port))
+        if way == "waited":
+            await until(lambda limiter=limiter: limiter.waiting == 1)
+            limiter.max_connections = 1
+        await until(lambda server=server: hasattr(server, "names"))
+        client.close()
+        names.add(server.names)
+        await patiently(port.stopListening())
+        await until(lambda limiter=limiter: limiter.active == 0)
+    assert len(names) == 1, names
+    assert "Naming" in names.pop()

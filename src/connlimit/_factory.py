@@ -20,7 +20,7 @@ from zope.interface import alsoProvides, implementer, providedBy
 
 from connlimit import _refusing
 from connlimit._limiter import Limiter
-from connlimit._protocol import DelegatingProtocol, WaitingProtocol, class_for
+from connlimit._protocol import ArrivingProtocol, DelegatingProtocol, WaitingProtocol, class_for
 from connlimit._system.bounded_log import BoundedLog
 
 
@@ -100,12 +100,30 @@ class LimitingFactory:
         connection.slot = connection.transport = None
         connection.connected = 0
         connection.closing = False
+        if address.__class__ is UNIXAddress and self.limiter.needs_peers:
+            connection.wrappedProtocol = ArrivingProtocol(connection)
+            return connection
+        protocol: Any = self.first_protocol(connection)
+        if protocol is None:
+            return None
+        connection.wrappedProtocol = protocol
+        provided = providedBy(protocol)
+        if provided is not self._last_provided:
+            self._last_provided, self._last_class = provided, class_for(provided)
+        if self._last_class is not DelegatingProtocol:
+            connection.become(self._last_class)
+        return connection
+
+    def first_protocol(self, connection: DelegatingProtocol) -> IProtocol | None:
+        """
+        What a new connection begins with: the real protocol if there is room, one that waits if there is
+        a place in the line, one that refuses, or None to close it.
+        """
         limiter = self.limiter
-        # Whose a UNIX socket is shows when there is a transport.
-        late = address.__class__ is UNIXAddress and limiter.needs_peers
-        if not late and limiter.serve_at_once(connection):
+        address = connection.address
+        if limiter.serve_at_once(connection):
             try:
-                protocol = self.wrappedFactory.buildProtocol(address)
+                protocol: IProtocol | None = self.wrappedFactory.buildProtocol(address)
             except Exception:
                 self.connection_log.failure(
                     "{factory} failed to build a protocol", factory=self.wrappedFactory
@@ -113,23 +131,9 @@ class LimitingFactory:
                 protocol = None
             if protocol is None:
                 limiter.finish(connection)
-                return None
-            connection.wrappedProtocol = protocol
-            provided = providedBy(protocol)
-            if provided is not self._last_provided:
-                self._last_provided, self._last_class = provided, class_for(provided)
-            if self._last_class is not DelegatingProtocol:
-                connection.become(self._last_class)
-            return connection
-        reason = None if late else limiter.may_wait(connection)
-        if reason is None:
-            connection.wrappedProtocol = WaitingProtocol(connection)
-            return connection
-        refusing = self.build_refusal(address, reason)
-        if refusing is None:
-            return None
-        connection.delegate_to(refusing)
-        return connection
+            return protocol
+        reason = limiter.may_wait(connection)
+        return WaitingProtocol(connection) if reason is None else self.build_refusal(address, reason)
 
     def build_refusal(self, address: IAddress, reason: str) -> IProtocol | None:
         """

@@ -285,7 +285,13 @@ class Limiter:
         """
         Whether it matters who a connection's peer is.
         """
-        return self._peers is not None or self.settings.order not in ("fifo", "lifo", "adaptive")
+        settings = self.settings
+        return bool(
+            settings.max_per_peer is not None
+            or settings.exempt is not None
+            or self.limits
+            or settings.order not in ("fifo", "lifo", "adaptive")
+        )
 
     def busiest_peers(self, count: int) -> list[tuple[Hashable, int, int]]:
         """

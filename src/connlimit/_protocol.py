@@ -34,6 +34,14 @@ _GRACE = 5.0  # seconds
 _set_class = object.__dict__["__class__"].__set__
 
 
+@lru_cache(maxsize=1024)
+def _wrapper_called(name: str) -> type[ProtocolWrapper]:
+    """
+    The class of wrappers by another name.
+    """
+    return type(name, (ProtocolWrapper,), {})
+
+
 @implementer(IConnection, IProtocol, ILoggingContext)
 class DelegatingProtocol:  # type: ignore[misc]  # connectionMade is for makeConnection to call
     """
@@ -47,7 +55,8 @@ class DelegatingProtocol:  # type: ignore[misc]  # connectionMade is for makeCon
 
     Protocols that take a connection over look whether they find a ``ProtocolWrapper``, and set its
     ``wrappedProtocol``. So this says that it is one, and is none: by its ``__getattr__``, which is of no use
-    here, each of the attributes that an event needs would take several times as long to find.
+    here, each of the attributes that an event needs would take several times as long to find. It says, too,
+    that it is called as the delegate's class, since that is what transports call themselves after.
 
     There can be tens of thousands, so it is as small as an object can be.
 
@@ -84,7 +93,7 @@ class DelegatingProtocol:  # type: ignore[misc]  # connectionMade is for makeCon
         """
         _set_class(self, cls)
 
-    __class__ = property(lambda self: ProtocolWrapper, become)
+    __class__ = property(lambda self: _wrapper_called(self.wrappedProtocol.__class__.__name__), become)
 
     def logPrefix(self) -> str:
         """
@@ -166,7 +175,7 @@ class DelegatingProtocol:  # type: ignore[misc]  # connectionMade is for makeCon
             protocol: Any = self.factory.wrappedFactory.buildProtocol(self.address)
             if not self._put_in_place(protocol):
                 return
-            self._take_log_prefix()
+            self.take_names(WaitingProtocol)
         except Exception:
             self.factory.connection_log.failure("{connection} could not be served", connection=self)
             self.abort()
@@ -268,13 +277,21 @@ class DelegatingProtocol:  # type: ignore[misc]  # connectionMade is for makeCon
         """
         return _sockets.is_dead(self.transport)
 
-    def _take_log_prefix(self) -> None:
+    def take_names(self, placeholder: type) -> None:
         """
-        Let the transport log under the name of the real protocol, as if that had been there at first.
+        Let the transport log and show itself under the name of the real protocol, as if that had been there
+        at first.
+
+        :param placeholder: what was there at first.
         """
-        system = getattr(self.transport, "logstr", "")
-        if system.startswith(_WAITING_PREFIX):
-            self.transport.logstr = self.logPrefix() + system[len(_WAITING_PREFIX) :]
+        transport = _sockets.lowest(self.transport)
+        was, prefix = placeholder.__name__, self.logPrefix()
+        # Inside TLS the first is "WaitingProtocol (BufferingTLSTransport),7,127.0.0.1".
+        if getattr(transport, "logstr", "").startswith(was):
+            transport.logstr = prefix + transport.logstr[len(was) :]
+        if getattr(transport, "repstr", "").startswith(f"<{was} "):
+            name = self.wrappedProtocol.__class__.__name__
+            transport.repstr = f"<{name}{transport.repstr[len(was) + 1 :]}"
 
 
 class _Addressless(DelegatingProtocol):
@@ -289,7 +306,41 @@ class _Addressless(DelegatingProtocol):
         return self.transport.getPeer()
 
 
-_WAITING_PREFIX = "WaitingProtocol"
+@implementer(IProtocol)
+class ArrivingProtocol:  # type: ignore[misc]  # connectionMade is for makeConnection to call
+    """
+    Holds the place of a connection on a UNIX socket until there is a transport, as that alone shows the peer.
+
+    The limiter is asked then, and decides as it would have before.
+    """
+
+    __slots__ = ("_connection",)
+
+    def __init__(self, connection: DelegatingProtocol) -> None:
+        self._connection = connection
+
+    def makeConnection(self, transport: Any) -> None:
+        connection = self._connection
+        sock = _sockets.socket_of(transport)
+        if sock is not None:
+            connection.address = UNIXPeer(connection.address.name, _sockets.peer_uid(sock))
+        protocol: Any = connection.factory.first_protocol(connection)
+        if protocol is None:
+            transport.loseConnection()
+            return
+        connection.delegate_to(protocol)
+        connection.take_names(ArrivingProtocol)
+        protocol.makeConnection(transport)
+
+    def dataReceived(self, data: bytes) -> None:
+        """
+        Nothing is read before there is a transport, nor after it was closed.
+        """
+
+    def connectionLost(self, reason: Failure = connectionDone) -> None:
+        """
+        There was no protocol for it, and nobody waits or is served.
+        """
 
 
 @implementer(IProtocol)
@@ -317,7 +368,9 @@ class WaitingProtocol:  # type: ignore[misc]  # connectionMade is for makeConnec
             self._descriptor = sock.fileno()
             self._departures = _departures.of(_sockets.lowest(transport).reactor)
             self._departures.watch(self._descriptor, self)
-            if isinstance(connection.address, UNIXAddress):
+            if isinstance(connection.address, UNIXPeer):
+                pass
+            elif isinstance(connection.address, UNIXAddress):
                 connection.address = UNIXPeer(connection.address.name, _sockets.peer_uid(sock))
             else:
                 del connection.address
