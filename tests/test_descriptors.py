@@ -8,8 +8,13 @@ import subprocess
 import sys
 
 import pytest
+from twisted.internet import reactor
+from twisted.internet.endpoints import clientFromString
+from twisted.internet.protocol import Factory
+from twisted.protocols.policies import WrappingFactory
 
-from connlimit import _descriptors
+from connlimit import Limiter, LimitingFactory, _descriptors
+from connlimit._forward import RelayFactory
 
 resource = pytest.importorskip("resource")
 
@@ -60,26 +65,100 @@ def test_a_hard_limit_that_is_not_accepted_is_approached(monkeypatch: pytest.Mon
     assert accepted == [(10240, resource.RLIM_INFINITY)]
 
 
-def test_those_who_wait_leave_the_reserve_free() -> None:
+def test_those_who_wait_leave_the_reserve_free_and_those_who_are_served_half_of_it() -> None:
     printed = run("""
 import os, resource
 resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))
 from connlimit import _descriptors
-held = []
-while _descriptors.left_for_waiting():
-    held.append(os.dup(0))
-left = 0
-try:
-    while True:
-        os.dup(0)
-        left += 1
-except OSError:
-    pass
-print(left == _descriptors.reserve(256), _descriptors.left_for_waiting())
+
+def take_while(allowed):
+    while allowed():
+        _descriptors.saw(os.dup(0))
+
+def left():
+    held = []
+    try:
+        while True:
+            held.append(os.dup(0))
+    except OSError:
+        for each in held:
+            os.close(each)
+        return len(held)
+
+for allowed in (
+    lambda: _descriptors.left_for_waiting(20),
+    _descriptors.left_for_waiting,
+    lambda: _descriptors.left_for_serving(5),
+    _descriptors.left_for_serving,
+    _descriptors.left_in_reserve,
+    _descriptors.REFUSALS.has_room,
+):
+    take_while(allowed)
+    print(left())
 """)
-    assert printed == "True False"
+    # Who waits, and who is served at once, is seen when its descriptor has been opened: here one too many.
+    assert list(map(int, printed.split())) == [84, 63, 36, 31, 8, 8]
 
 
-@pytest.mark.parametrize(("limit", "reserve"), [(256, 32), (1024, 128), (1_000_000, 1024)])
+def test_what_is_about_to_be_opened_is_counted() -> None:
+    printed = run("""
+import os, resource
+resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))
+from twisted.internet.defer import Deferred
+from connlimit import _descriptors
+
+class Endpoint:
+    def connect(self, factory):
+        return connecting.pop()
+
+first = min(set(range(256)) - set(map(int, os.listdir("/dev/fd"))))
+connecting = [Deferred() for _ in range(256)]
+all_of_them = list(connecting)
+endpoint = _descriptors.counted(Endpoint())
+allowed = 0
+while _descriptors.left_for_serving(1):
+    endpoint.connect(None)
+    allowed += 1
+print(abs(first + allowed - 224) <= 1)
+for each in all_of_them[len(connecting):]:
+    each.callback(None)
+print(_descriptors.left_for_serving(1))
+
+# One low number is free, and all that is above it is taken.
+held = [os.dup(0)]
+while held[-1] < 220:
+    held.append(os.dup(0))
+os.close(held[0])
+connecting[:] = [Deferred() for _ in range(256)]
+allowed = 0
+while _descriptors.left_for_serving(1):
+    endpoint.connect(None)
+    allowed += 1
+print(allowed < 12)
+""")
+    assert printed.split() == ["True", "True", "True"]
+
+
+def test_a_short_table_is_looked_at_until_it_is_not_short_any_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_descriptors, "limit", lambda: 100_000)
+    _descriptors.saw(99_000)
+    assert _descriptors.is_short
+    assert _descriptors.left_for_waiting()
+    assert not _descriptors.is_short
+
+
+def test_the_budget_of_a_limiter_knows_what_its_factories_open() -> None:
+    limiter = Limiter(1)
+    LimitingFactory(Factory(), limiter)
+    assert limiter.budget.opens == 0
+    relay = RelayFactory(clientFromString(reactor, "tcp:127.0.0.1:1"), "a backend")
+    LimitingFactory(WrappingFactory(relay), limiter)
+    LimitingFactory(Factory(), limiter)
+    assert limiter.budget.opens == 1
+
+
+@pytest.mark.parametrize(
+    ("limit", "reserve"), [(64, 16), (256, 64), (1024, 128), (8192, 1024), (1_000_000, 4096)]
+)
 def test_the_reserve_is_an_eighth_within_bounds(limit: int, reserve: int) -> None:
     assert _descriptors.reserve(limit) == reserve

@@ -276,7 +276,7 @@ class LineTests(LimiterTestCase):
 
     def test_clients_whose_descriptors_would_be_missed_are_refused(self) -> None:
         self.limited(1)
-        self.patch(_descriptors, "left_for_waiting", lambda: False)
+        self.patch(_descriptors, "left_for_waiting", lambda kept: False)
         clients = self.connect(2)
         self.assertEqual([client.closed for client in clients], [False, True])
         self.assert_counts(active=1, refused={"descriptors": 1})

@@ -28,7 +28,7 @@ from twisted.internet.threads import deferToThread
 from zope.interface import implementer
 from zope.interface.verify import verifyObject
 
-from connlimit import Limiter, _refusing, refusals
+from connlimit import Limiter, _descriptors, _refusing, refusals
 from connlimit.interfaces import IRefusal
 
 
@@ -273,14 +273,15 @@ async def test_any_factory_can_refuse_and_is_cut_off_in_time(monkeypatch: pytest
 async def test_who_never_reads_or_never_closes_is_cut_off_and_counts_against_a_bound(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    await until(lambda: _descriptors.REFUSALS.taken == 0)
     monkeypatch.setattr(_refusing, "LINGER", 0.5)
-    monkeypatch.setattr(_refusing, "_most", lambda: 3)
+    monkeypatch.setattr(_descriptors.REFUSALS, "has_room", lambda: _descriptors.REFUSALS.taken < 3)
     async with full(refusals.Say(b"x" * 5_000_000)) as (limiter, port):
         silent = [socket.create_connection(("127.0.0.1", port), PATIENCE) for _ in range(5)]
         await until(lambda: limiter.snapshot().refused["full"] == 5)
         # Three are being told, the others are closed without a word.
         assert [client.recv(1) for client in silent].count(b"") == 2
-        await until(lambda: _refusing._now == 0)
+        await until(lambda: _descriptors.REFUSALS.taken == 0)
         for client in silent:
             client.close()
 

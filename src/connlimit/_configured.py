@@ -319,6 +319,7 @@ class ConfiguredProgram(Program):
         assert unit.factory is not None
         if served != (parts.config.forward, parts.config.factory) and parts.factory is not None:
             unit.factory.wrappedFactory = parts.factory
+            unit.limiter.budget.expect(parts.factory)
         unit.config = parts.config
         await unit.close(parts.config.listen)
         self._log.info("service {name} is changed", name=parts.config.name)

@@ -1,16 +1,48 @@
 """
-The process's file descriptors: how many there may be, and whether some are left for one who waits.
+The process's file descriptors: how many there may be, and who may take one more.
+
+The kernel gives out the lowest free number (POSIX, "File Descriptor Allocation"), so the number of a new
+socket tells how full the table is. The last descriptors are a reserve of eight shares:
+
+* who waits takes none of the reserve;
+* who is served takes, with all that is opened for it, none of the last four shares;
+* of these, one share each is for status pages, for PROXY headers that are being read, and for refusals that
+  are being said;
+* the last is taken by nothing of ours: it is for files, names, and whatever else the process opens.
+
+While there is room outside the reserve, nobody looks: those who see the number of a new socket say so if it
+lies in the reserve, and only then is each decision a look at the table.
 """
 
 from __future__ import annotations
 
 import os
 import socket
+import sys
+from typing import Any
+
+import attrs
+from twisted.internet.defer import Deferred
+from twisted.internet.endpoints import TCP4ClientEndpoint, TCP6ClientEndpoint, UNIXClientEndpoint
+from twisted.internet.interfaces import IProtocol, IProtocolFactory, IStreamClientEndpoint
+from zope.interface import implementer
 
 try:
     import resource
 except ImportError:  # Windows has neither the limit nor the module
     resource = None  # type: ignore[assignment]
+
+_SHARES = 8
+_SHARES_BEYOND_SERVING = 4
+
+#: The first number of the reserve, as far as we know: see `saw`.
+reserve_begins = sys.maxsize
+
+#: Whether the last number that was seen lay in the reserve.
+is_short = False
+
+# How many descriptors are about to be opened for connections that are served.
+_opening = 0
 
 
 def limit() -> int | None:
@@ -47,7 +79,15 @@ def raise_limit() -> None:
                 resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
             except (ValueError, OSError):
                 continue
-            return
+            break
+    _known_limit()
+
+
+def share(limit: int) -> int:
+    """
+    How many of the descriptors are one share of the reserve.
+    """
+    return min(max(limit // 64, min(limit // 32, 8)), 512)
 
 
 def reserve(limit: int) -> int:
@@ -55,21 +95,192 @@ def reserve(limit: int) -> int:
     How many of the descriptors are kept free of waiting connections, for the connections that are
     served and for whatever else the process opens.
     """
-    return min(max(limit // 8, 32), 1024)
+    return _SHARES * share(limit)
 
 
-def left_for_waiting() -> bool:
+def saw(number: int) -> None:
+    """
+    A new descriptor has this number; call it at least if that is not below `reserve_begins`.
+    """
+    global is_short
+    most = _known_limit()
+    is_short = most is not None and number >= most - reserve(most)
+
+
+def left_for_serving(opens: int = 0) -> bool:
+    """
+    Whether one more connection may be served.
+
+    :param opens: how many descriptors are opened for it besides its own.
+    """
+    if not is_short and not opens:
+        return True
+    most = _known_limit()
+    if most is None:
+        return True
+    end = most - _SHARES_BEYOND_SERVING * share(most)
+    needed = _opening + opens if opens else 0
+    if _lowest_free(most) + needed > end:
+        return False
+    if _opening <= share(most):
+        return True
+    # The lowest free number is below all that is free, but what is above it may be taken already.
+    taken = count()
+    return taken is None or taken + needed <= end
+
+
+def left_for_waiting(kept: float = 0) -> bool:
     """
     Whether one more connection may wait.
 
-    The kernel gives out the lowest free number (POSIX, "File Descriptor Allocation"), so a socket
-    made now tells how full the table is, and those who wait never get a number in the reserve at its end.
+    :param kept: how many descriptors outside the reserve are kept free for what is opened when it is served;
+        no more than half of them are.
     """
-    most = limit()
-    if most is None:
+    most = _known_limit()
+    if most is None or not (is_short or kept):
         return True
+    end = most - reserve(most)
+    return _lowest_free(most) < end - min(kept, end // 2)
+
+
+def left_in_reserve() -> bool:
+    """
+    Whether what has a share of the reserve may take one more descriptor of it.
+    """
+    if not is_short:
+        return True
+    most = _known_limit()
+    return most is None or _lowest_free(most) < most - share(most)
+
+
+class Share:
+    """
+    What one use takes of the descriptors: a share of the reserve at most, or, as long as nobody is short of
+    them, an eighth of all, and no more than a thousand.
+
+    :ivar taken: how many it has taken.
+    """
+
+    def __init__(self) -> None:
+        self.taken = 0
+
+    def has_room(self) -> bool:
+        """
+        Whether it may take one more.
+        """
+        most = limit()
+        if most is None:
+            return self.taken < 1000
+        if self.taken < share(most):
+            return left_in_reserve()
+        return not is_short and self.taken < min(most // 8, 1000)
+
+
+#: Refusals that are being said, and connections whose PROXY header is being read.
+REFUSALS = Share()
+HEADERS = Share()
+
+
+@attrs.define
+class Budget:
+    """
+    What the connections of a limiter may take.
+
+    :ivar opens: how many descriptors are opened for one that is served, besides its own.
+    :ivar is_reserved: whether they may take those of the reserve; whoever says so sees to it that they are no
+        more than a `share`, those who wait among them.
+    """
+
+    opens: int = 0
+    is_reserved: bool = False
+
+    def expect(self, factory: Any) -> None:
+        """
+        Connections will be served by a factory, whose ``opens_descriptors``, if it has that, says how many
+        descriptors it opens for each.
+        """
+        while factory is not None:
+            opens = getattr(factory, "opens_descriptors", 0)
+            if isinstance(opens, int):
+                self.opens = max(self.opens, opens)
+            factory = vars(factory).get("wrappedFactory") if hasattr(factory, "__dict__") else None
+
+    def may_serve(self) -> bool:
+        """
+        Whether one more may be served.
+        """
+        return left_in_reserve() if self.is_reserved else left_for_serving(self.opens)
+
+    def may_wait(self, slots: float) -> bool:
+        """
+        Whether one more may wait.
+
+        :param slots: how many more could be served at once.
+        """
+        if self.is_reserved:
+            return left_in_reserve()
+        return left_for_waiting(self.opens * slots if self.opens else 0)
+
+
+def counted(endpoint: IStreamClientEndpoint) -> IStreamClientEndpoint:
+    """
+    The endpoint, which counts what it is about to open if that is not open as soon as it is to connect.
+    """
+    at_once = (TCP4ClientEndpoint, TCP6ClientEndpoint, UNIXClientEndpoint)
+    return endpoint if type(endpoint) in at_once else _CountedEndpoint(endpoint)
+
+
+@implementer(IStreamClientEndpoint)
+@attrs.frozen
+class _CountedEndpoint:
+    """
+    A client endpoint whose connections are counted as long as they are being made.
+    """
+
+    endpoint: IStreamClientEndpoint
+
+    def connect(self, protocolFactory: IProtocolFactory) -> Deferred[IProtocol]:
+        """
+        Connect.
+        """
+        global _opening
+        _opening += 1
+        try:
+            connecting = self.endpoint.connect(protocolFactory)
+        except BaseException:
+            _opening -= 1
+            raise
+        return connecting.addBoth(_opened)
+
+
+def _opened(result: Any) -> Any:
+    global _opening
+    _opening -= 1
+    return result
+
+
+def _known_limit() -> int | None:
+    """
+    The limit; where the reserve begins is known afterwards.
+    """
+    global reserve_begins
+    most = limit()
+    reserve_begins = sys.maxsize if most is None else most - reserve(most)
+    return most
+
+
+def _lowest_free(most: int) -> int:
+    """
+    The number that the next descriptor gets; the limit if there is none left.
+    """
+    global is_short
     try:
         with socket.socket() as probe:
-            return probe.fileno() < most - reserve(most)
+            number = probe.fileno()
     except OSError:
-        return False
+        number = most
+    is_short = number >= most - reserve(most)
+    return number
+
+
+_known_limit()

@@ -48,6 +48,7 @@ class LimitingFactory:
         self.connection_log = BoundedLog(Logger())
         self.wrappedFactory = wrappedFactory
         self.limiter = limiter
+        limiter.budget.expect(wrappedFactory)
         self._last_provided: object = None
         self._last_class: type[DelegatingProtocol] = DelegatingProtocol
         self._ports = 0

@@ -17,6 +17,7 @@ from twisted.logger import Logger
 from twisted.python.failure import Failure
 from zope.interface import implementer
 
+from connlimit._descriptors import counted
 from connlimit._sockets import can_half_close
 from connlimit._splice import can_splice, splice
 
@@ -27,12 +28,14 @@ class RelayFactory(Factory):
 
     :ivar backend: how the backend is reached.
     :ivar name: what the backend is called in the log.
+    :ivar opens_descriptors: how many descriptors are opened for a connection, besides its own.
     """
 
     noisy = False
+    opens_descriptors = 1
 
     def __init__(self, backend: IStreamClientEndpoint, name: str) -> None:
-        self.backend = backend
+        self.backend = counted(backend)
         self.name = name
 
     def buildProtocol(self, addr: IAddress | None) -> _ClientEnd:

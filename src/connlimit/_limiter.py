@@ -196,6 +196,8 @@ class Limiter:
         self._dry_run: DryRun | None = None
         self._observers: tuple[ILimiterObserver, ...] = tuple(observers)
         self._ports: list[IPort] = []
+        # What its connections may take of the process's descriptors.
+        self.budget = _descriptors.Budget()
 
         self._accepted = 0
         self._finished = 0
@@ -457,7 +459,11 @@ class Limiter:
         """
         Whether a newcomer would be served at once, as far as that does not depend on its peer.
         """
-        return not (self._order or self._line.returned or self._draining) and self._has_slot()
+        return (
+            not (self._order or self._line.returned or self._draining)
+            and self._has_slot()
+            and self.budget.may_serve()
+        )
 
     def has_place(self) -> bool:
         """
@@ -468,7 +474,7 @@ class Limiter:
         if self.has_room():
             return True
         most = self.settings.max_waiting
-        return (most is None or self.waiting < most) and _descriptors.left_for_waiting()
+        return (most is None or self.waiting < most) and self._has_descriptors()
 
     def retry_after(self) -> float:
         """
@@ -498,6 +504,7 @@ class Limiter:
             or self._order
             or self._line.returned
             or self._draining
+            or ((_descriptors.is_short or self.budget.opens) and not self.budget.may_serve())
             or (self._further is not None and not self._further.try_acquire(connection))
         ):
             return False
@@ -612,12 +619,22 @@ class Limiter:
         """
         return len(self._active) - len(self._exempt) < self._most
 
+    def _has_descriptors(self) -> bool:
+        """
+        Whether one more may wait, as far as the process's descriptors allow.
+        """
+        return self.budget.may_wait(max(0.0, self._most - self.active))
+
     def _serve_exempt(self, connection: IConnection) -> bool:
         """
         Serve the connection without a slot, if it is exempt.
         """
         try:
-            if self._draining or not self._is_exempt(connection.address):
+            if (
+                self._draining
+                or not self._is_exempt(connection.address)
+                or not _descriptors.left_in_reserve()
+            ):
                 return False
         except Exception:
             self._log.failure("{exempt} failed to tell who is exempt; nobody is", exempt=self._is_exempt)
@@ -643,7 +660,7 @@ class Limiter:
         most = self.settings.max_waiting
         if most is not None and self.waiting >= most:
             return FULL
-        return None if _descriptors.left_for_waiting() else DESCRIPTORS
+        return None if self._has_descriptors() else DESCRIPTORS
 
     def _must_not_wait(self, connection: IConnection) -> bool:
         """
@@ -721,7 +738,7 @@ class Limiter:
         In a frame of its own: a traceback from below, if somebody keeps it, keeps the connection that
         failed and not one that was served later.
         """
-        if not self._has_slot():
+        if not self._has_slot() or (self.budget.opens and not self.budget.may_serve()):
             return False
         connection = self._line.next(self.clock.seconds())
         assert connection is not None  # somebody is in the order or has returned

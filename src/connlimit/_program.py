@@ -176,7 +176,7 @@ def _budget(limiter: Limiter) -> str:
     if descriptors is not None:
         kept_free = _descriptors.reserve(descriptors)
         facts.insert(0, f"{descriptors} descriptors, {kept_free} of them kept free of those who wait")
-        room = max(0, descriptors - kept_free - (served or 0))
+        room = max(0, descriptors - kept_free - (served or 0) * (1 + limiter.budget.opens))
         waiting = room if waiting is None else min(room, waiting)
     facts.append(f"room for {'any number' if waiting is None else waiting} in the line")
     return f"{limiter.name}: " + ", ".join(facts)

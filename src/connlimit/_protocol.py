@@ -21,7 +21,7 @@ from twisted.protocols.policies import ProtocolWrapper
 from twisted.python.failure import Failure
 from zope.interface import implementer, providedBy
 
-from connlimit import _departures, _sockets
+from connlimit import _departures, _descriptors, _sockets
 from connlimit._peers import UNIXPeer
 from connlimit.interfaces import IConnection
 
@@ -120,6 +120,9 @@ class DelegatingProtocol:  # type: ignore[misc]  # connectionMade is for makeCon
     def makeConnection(self, transport: Any) -> None:
         self.transport = transport
         self.connected = 1
+        fileno = getattr(transport, "fileno", None)
+        if fileno is not None and (number := fileno()) >= _descriptors.reserve_begins:
+            _descriptors.saw(number)
         # Another protocol may take the transport over, and all its events; so the end is learnt from
         # the transport itself. Set on the instance and not wrapped around it: this is the real one.
         lost: Any = self._transport_lost

@@ -19,11 +19,6 @@ from connlimit.refusals import DESCRIPTORS, LINGER
 
 _log = BoundedLog(Logger())
 
-#: How many refusals can be said at once in this process, if there is no limit of descriptors.
-_MOST = 1000
-
-_now = 0
-
 
 def build(limiter: Limiter, address: IAddress, reason: str) -> IProtocol | None:
     """
@@ -31,7 +26,7 @@ def build(limiter: Limiter, address: IAddress, reason: str) -> IProtocol | None:
 
     That is so, too, when no descriptor can be spared, or too many others are being refused.
     """
-    if reason == DESCRIPTORS or _now >= _most():
+    if reason == DESCRIPTORS or not _descriptors.REFUSALS.has_room():
         return None
     try:
         protocol = limiter.settings.refusal.build_protocol(address, reason, limiter.retry_after())
@@ -39,11 +34,6 @@ def build(limiter: Limiter, address: IAddress, reason: str) -> IProtocol | None:
         _log.failure("{refusal} failed to build a protocol", refusal=limiter.settings.refusal)
         return None
     return None if protocol is None else _Refusing(limiter, protocol)
-
-
-def _most() -> int:
-    descriptors = _descriptors.limit()
-    return _MOST if descriptors is None else _descriptors.reserve(descriptors) // 2
 
 
 class _Refusing(Protocol):
@@ -59,8 +49,7 @@ class _Refusing(Protocol):
         self._timer: IDelayedCall | None = None
 
     def connectionMade(self) -> None:
-        global _now
-        _now += 1
+        _descriptors.REFUSALS.taken += 1
         self._timer = self._limiter.clock.callLater(LINGER, self._abort)
         self._protocol.makeConnection(self.transport)
 
@@ -68,8 +57,7 @@ class _Refusing(Protocol):
         self._protocol.dataReceived(data)
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:
-        global _now
-        _now -= 1
+        _descriptors.REFUSALS.taken -= 1
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
