@@ -8,6 +8,7 @@ import http.client
 import json
 import os
 import re
+import resource
 import socket
 import subprocess
 import sys
@@ -20,11 +21,12 @@ from pathlib import Path
 import pytest
 from support import ECHO, PATIENCE, Program, free_port, page_until, require_program, running
 from twisted.internet.address import IPv4Address, IPv6Address, UNIXAddress
+from twisted.internet.defer import Deferred
 from twisted.internet.task import Clock
 
 from connlimit import Limiter, top
 from connlimit.status import _html
-from connlimit.status._service import StatusService, _is_loopback
+from connlimit.status._service import StatusService
 from connlimit.status._watch import Watch
 
 
@@ -122,8 +124,9 @@ def test_the_json_has_the_same_facts(server: Server) -> None:
     with server.connect() as client:
         client.sendall(b"hello")
         assert client.recv(10) == b"hello"
+        server.until(active=1)
         facts = server.facts()
-        assert (facts["name"], facts["active"], facts["max_connections"]) == ("<main>", 1, 2)
+        assert (facts["name"], facts["max_connections"]) == ("<main>", 2)
         assert facts["peers"] == [{"peer": "127.0.0.1", "active": 1, "waiting": 0}]
         assert set(facts["history"]) == {"active", "waiting", "refused"}
     server.until(active=0)
@@ -206,6 +209,64 @@ def test_bad_clients_do_not_move_the_limited_service(server: Server) -> None:
     assert server.ask("/health")[0] in (200, 503)
 
 
+def test_requests_by_the_thousand_on_one_connection_do_not_move_the_limited_service(tmp_path: Path) -> None:
+    (tmp_path / "echoes.py").write_text(ECHO)
+    command = ["--listen=tcp:0:interface=127.0.0.1", "--status=tcp:0:interface=127.0.0.1"]
+    command += ["--factory=echoes:factory", "--max-connections=2", "--max-waiting=5000"]
+    with running("connlimit", *command, cwd=tmp_path) as program, ExitStack() as stack:
+        program.wait_for("2 served at once")
+        server = Server(program)
+        client = stack.enter_context(server.connect())
+        client.sendall(b"x")
+        assert client.recv(1) == b"x"
+        waiting = min(3000, resource.getrlimit(resource.RLIMIT_NOFILE)[0] - 200)
+        for _ in range(waiting):
+            stack.enter_context(server.connect())
+        server.until(waiting=waiting - 1)
+        with socket.create_connection(("127.0.0.1", server.status), PATIENCE) as asks:
+            asks.setblocking(False)
+            with suppress(BlockingIOError):
+                asks.send(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n" * 2000)
+            longest = 0.0
+            for _ in range(300):
+                began = time.perf_counter()
+                client.sendall(b"x")
+                assert client.recv(1) == b"x"
+                longest = max(longest, time.perf_counter() - began)
+        assert longest < 0.5
+
+
+@pytest.mark.skipif(not Path("/proc").exists(), reason="memory is told by /proc")
+def test_a_client_that_asks_and_never_reads_takes_no_memory(tmp_path: Path) -> None:
+    (tmp_path / "echoes.py").write_text(ECHO)
+    command = ["--listen=tcp:0:interface=127.0.0.1", "--status=tcp:0:interface=127.0.0.1"]
+    with running("connlimit", *command, "--factory=echoes:factory", cwd=tmp_path) as program:
+        program.wait_for("served at once")
+        server = Server(program)
+        server.ask("/status.json")
+        before = program.resident_memory()
+        requests = b"GET /status.css HTTP/1.1\r\nHost: localhost\r\n\r\n" * 1000
+        with socket.create_connection(("127.0.0.1", server.status), PATIENCE) as client:
+            client.settimeout(1)
+            with suppress(TimeoutError):
+                for _ in range(500):
+                    client.sendall(requests)
+                pytest.fail("all was read")
+            assert program.resident_memory() - before < 10_000_000
+            assert server.ask("/health")[0] == 200
+
+
+def test_idle_clients_do_not_shut_health_out(server: Server) -> None:
+    with ExitStack() as stack:
+        for _ in range(1000):
+            client = stack.enter_context(socket.create_connection(("127.0.0.1", server.status), PATIENCE))
+            with suppress(OSError):
+                client.sendall(b"GET /heal")
+        began = time.monotonic()
+        assert server.ask("/health")[::2] == (200, "ok\n")
+        assert time.monotonic() - began < 2
+
+
 def test_metrics_are_right_by_their_own_parser_and_by_promtool(server: Server) -> None:
     parser = pytest.importorskip("prometheus_client.parser")
     status, headers, text = server.ask("/metrics")
@@ -259,7 +320,7 @@ def test_the_terminal_says_what_is_wrong() -> None:
 
 def test_names_cannot_command_the_terminal() -> None:
     limiter = Limiter(5, name="\x1b[31mred")
-    facts = {**Watch(limiter).facts(True), "history": {}}
+    facts = Watch(limiter).facts()
     state = {"limiters": [facts], "descriptors": {"open": 1, "limit": 2}, "reactor_lag": 0.0}
     assert "\x1b" not in "\n".join(top.lines(state))
 
@@ -282,17 +343,30 @@ class Asks:
         self.getClientAddress = lambda: address
 
 
+def limiters(service: StatusService, with_peers: bool) -> list[dict[str, object]]:
+    """
+    The facts of the limiters, as a service shows them now.
+    """
+    return json.loads(succeeded(service.show("json", with_peers)))["limiters"]
+
+
+def succeeded(deferred: Deferred[bytes]) -> bytes:
+    """
+    The result of a Deferred that has fired.
+    """
+    results: list[bytes] = []
+    deferred.addCallback(results.append)
+    return results[0]
+
+
 def test_addresses_of_peers_are_for_loopback_unless_the_setting_says_otherwise() -> None:
     near, far = IPv4Address("TCP", "127.0.0.1", 1), IPv6Address("TCP", "2001:db8::1", 1)
     for show, expected in ((False, [True, False]), (True, [True, True])):
         service = StatusService(None, Limited(), show, frozenset())
         assert [service.may_see_peers(Asks(address)) for address in (near, far)] == expected
-    assert _is_loopback("::ffff:127.0.0.1")
-    assert not _is_loopback("odd")
     assert StatusService(None, Limited(), False, frozenset()).may_see_peers(Asks(UNIXAddress(b"/x")))
-    limiter = Limiter(0)
-    assert "peers" not in Watch(limiter).facts(False)
-    assert "line" not in Watch(limiter).facts(False)
+    facts = limiters(StatusService(None, Limited(Limiter(0)), False, frozenset()), False)[0]
+    assert not {"peers", "line"} & facts.keys()
 
 
 def test_a_name_that_is_configured_is_ours() -> None:
@@ -307,9 +381,11 @@ def test_limiters_that_come_and_go_are_followed() -> None:
     first, second = Limiter(1, name="a", clock=clock), Limiter(1, name="b", clock=clock)
     limited = Limited(first)
     service = StatusService(None, limited, False, frozenset())
-    assert [each["name"] for each in service.state(False)["limiters"]] == ["a"]
+    service._sampling.clock = clock
+    assert [each["name"] for each in limiters(service, False)] == ["a"]
     limited.limiters = {"b": second}
-    assert [each["name"] for each in service.state(False)["limiters"]] == ["b"]
+    clock.advance(1)
+    assert [each["name"] for each in limiters(service, False)] == ["b"]
     assert first._observers == ()
 
 

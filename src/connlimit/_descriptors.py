@@ -60,6 +60,8 @@ def count() -> int | None:
     How many descriptors this process has open; None if there is no telling.
     """
     try:
+        if sys.platform == "linux" and (size := os.stat("/proc/self/fd").st_size):
+            return size  # Linux 6.2 and newer tell without a listing, which takes longer the more there are
         return len(os.listdir("/dev/fd")) - 1  # one is that of the listing
     except OSError:
         return None

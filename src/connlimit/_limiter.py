@@ -43,8 +43,7 @@ collector, as it would be without us, and its slot is reclaimed.
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Generator, Hashable, Iterable, Mapping
 from functools import partial
 from heapq import nlargest
 from itertools import islice
@@ -62,7 +61,7 @@ from connlimit._drain import Drain
 from connlimit._dry_run import DryRun
 from connlimit._inert import Inert
 from connlimit._line import ORDERS, Line
-from connlimit._peers import peer_key
+from connlimit._peers import busiest, exhausted, peer_key
 from connlimit._settings import Settings, adjustable
 from connlimit._system.bounded_log import BoundedLog
 from connlimit.interfaces import (
@@ -299,10 +298,13 @@ class Limiter:
         """
         The peers with the most connections: each with how many are active and how many wait. Looks at all.
         """
-        active = Counter(map(self._peer, self._active.values()))
-        waiting = Counter(self._peer(each.address) for each in self._line)
-        peers = nlargest(count, active.keys() | waiting.keys(), key=lambda peer: active[peer] + waiting[peer])
-        return [(peer, active[peer], waiting[peer]) for peer in peers]
+        return exhausted(self.find_busiest_peers(count))
+
+    def find_busiest_peers(self, count: int) -> Generator[None, None, list[tuple[Hashable, int, int]]]:
+        """
+        The same, as a generator that returns it: between two of its steps others can have their turn.
+        """
+        return busiest(self._peer, list(self._active.values()), list(self._line), count)
 
     def first_waiting(self, count: int) -> list[tuple[IAddress, float]]:
         """

@@ -4,16 +4,24 @@ Peers: what counts as one client, and which of them are exempt.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Generator, Hashable, Iterable, Sequence
 from functools import lru_cache
+from heapq import nlargest
 from ipaddress import IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
-from typing import Any
+from typing import Any, TypeVar
 
 import attrs
 from twisted.internet.address import UNIXAddress
 from twisted.internet.interfaces import IAddress
 
+from connlimit.interfaces import IConnection
+
 Network = IPv4Network | IPv6Network
+T = TypeVar("T")
+
+#: How many connections are looked at in one step.
+_STEP = 200
 
 
 class UNIXPeer(UNIXAddress):
@@ -68,6 +76,47 @@ def peer_key(prefix: tuple[int, int]) -> Callable[[IAddress], Hashable]:
         return getattr(address, "uid", None)
 
     return peer
+
+
+def busiest(
+    peer: Callable[[IAddress], Hashable],
+    active: Sequence[IAddress],
+    waiting: Sequence[IConnection],
+    count: int,
+) -> Generator[None, None, list[tuple[Hashable, int, int]]]:
+    """
+    Find the peers with the most connections, a step at a time; return each with how many are active and wait.
+
+    :param peer: tells the peer of an address.
+    :param active: the addresses of those that are active.
+    """
+    served: Counter[Hashable] = Counter()
+    waits: Counter[Hashable] = Counter()
+    for start in range(0, len(active), _STEP):
+        served.update(map(peer, active[start : start + _STEP]))
+        yield
+    for start in range(0, len(waiting), _STEP):
+        waits.update(peer(each.address) for each in waiting[start : start + _STEP])
+        yield
+    peers = list(served.keys() | waits.keys())
+    most: list[Hashable] = []
+    for start in range(0, len(peers), _STEP):
+        most = nlargest(
+            count, most + peers[start : start + _STEP], key=lambda each: served[each] + waits[each]
+        )
+        yield
+    return [(each, served[each], waits[each]) for each in most]
+
+
+def exhausted(generator: Generator[Any, Any, T]) -> T:
+    """
+    What a generator returns.
+    """
+    while True:
+        try:
+            next(generator)
+        except StopIteration as end:
+            return end.value  # type: ignore[no-any-return]
 
 
 def _address(host: str) -> Any:

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Generator, Hashable, Iterator
 from heapq import nlargest
 from typing import Any
 
@@ -35,6 +35,9 @@ _COUNTERS = (
 #: How many waits are told at once: a message has 64 KiB at most.
 _WAITS = 4000
 
+#: How many steps of the look for the busiest peers are made in one turn of the reactor.
+_STEPS = 5
+
 #: How many waits are kept until they are told.
 _MOST_WAITS = 20_000
 
@@ -47,6 +50,8 @@ class Reporter(LimiterObserver):
     def __init__(self, limiter: Limiter) -> None:
         self.limiter = limiter
         self._waits: deque[float] = deque(maxlen=_MOST_WAITS)
+        self._busiest: list[tuple[Hashable, int, int]] = []
+        self._looking: Generator[None, None, list[tuple[Hashable, int, int]]] | None = None
         limiter.add_observer(self)
 
     def served(self, limiter: Limiter, connection: IConnection, waited: float) -> None:
@@ -62,13 +67,32 @@ class Reporter(LimiterObserver):
         limiter, now = self.limiter, self.limiter.snapshot()
         facts = {name: getattr(now, name) for name in (*_GAUGES, *_COUNTERS, "longest_wait")}
         facts["refused"] = dict(now.refused)
-        facts["peers"] = [(str(peer), *counts) for peer, *counts in limiter.busiest_peers(PEERS)]
+        self._look_at_peers()
+        facts["peers"] = [(str(peer), *counts) for peer, *counts in self._busiest]
         facts["line"] = [(address_text(address), age) for address, age in limiter.first_waiting(SHOWN)]
         while True:
             facts["waits_told"] = [self._waits.popleft() for _ in range(min(_WAITS, len(self._waits)))]
             yield json.dumps(facts)
             if not self._waits:
                 return
+
+    def _look_at_peers(self) -> None:
+        """
+        Find the busiest peers: at once if there are few connections, for the next report if there are many.
+        """
+        if self._looking is None:
+            self._looking = self.limiter.find_busiest_peers(PEERS)
+            self._go_on_looking()
+
+    def _go_on_looking(self) -> None:
+        assert self._looking is not None
+        try:
+            for _ in range(_STEPS):
+                next(self._looking)
+        except StopIteration as end:
+            self._busiest, self._looking = end.value, None
+        else:
+            self.limiter.clock.callLater(0, self._go_on_looking)
 
 
 class PooledLimiter:
@@ -156,6 +180,13 @@ class PooledLimiter:
                 waiting[peer] += waits
         peers = nlargest(count, active, key=lambda peer: active[peer] + waiting[peer])
         return [(peer, active[peer], waiting[peer]) for peer in peers]
+
+    def find_busiest_peers(self, count: int) -> Generator[None, None, list[tuple[str, int, int]]]:
+        """
+        See `Limiter.find_busiest_peers`. There are few, so one step does it.
+        """
+        yield
+        return self.busiest_peers(count)
 
     def first_waiting(self, count: int) -> list[tuple[str, float]]:
         """

@@ -38,22 +38,19 @@ CSS = files(__package__).joinpath("status.css").read_text()
 SCRIPT = files(__package__).joinpath("status.js").read_text()
 
 
-def page(state: dict[str, Any]) -> str:
+def page(sections: str) -> str:
     """
     The whole page.
+
+    :param sections: one for each semaphore and each limiter, and one for the process.
     """
-    return PAGE.format(sections=sections(state))
+    return PAGE.format(sections=sections)
 
 
-def sections(state: dict[str, Any]) -> str:
+def semaphore(facts: dict[str, Any]) -> str:
     """
-    A section for each semaphore and each limiter, and one for the process.
+    The section of a semaphore.
     """
-    semaphores = map(_semaphore, state.get("semaphores", ()))
-    return "\n".join([*semaphores, *map(_limiter, state["limiters"]), _process(state)])
-
-
-def _semaphore(facts: dict[str, Any]) -> str:
     name, most = escape(facts["name"]), facts["full_count"]
     full = facts["acquired"] >= most
     counts = [
@@ -74,7 +71,10 @@ def _semaphore(facts: dict[str, Any]) -> str:
     )
 
 
-def _limiter(facts: dict[str, Any]) -> str:
+def limiter(facts: dict[str, Any]) -> str:
+    """
+    The section of a limiter.
+    """
     name = escape(facts["name"])
     most, most_waiting = facts["max_connections"], facts["max_waiting"]
     full = most is not None and facts["active"] >= most
@@ -156,11 +156,15 @@ def _points(values: list[int], top: int) -> str:
     )
 
 
-def _process(state: dict[str, Any]) -> str:
-    descriptors = state["descriptors"]
+def process(facts: dict[str, Any]) -> str:
+    """
+    The section of the process.
+    """
+    descriptors = facts["descriptors"]
     rows = [
+        ("connlimit", facts["version"]),
         ("descriptors", f"{descriptors['open']} of {descriptors['limit']}"),
-        ("reactor lag", _seconds(state["reactor_lag"])),
+        ("reactor lag", _seconds(facts["reactor_lag"])),
     ]
     return f'<section aria-label="process">{_table("Process", rows)}</section>'
 

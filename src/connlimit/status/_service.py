@@ -4,37 +4,34 @@ The server of the status page.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
+from functools import partial
 from ipaddress import ip_address
 from typing import Any
 
 from twisted.application.internet import StreamServerEndpointService
-from twisted.internet.defer import Deferred, maybeDeferred
+from twisted.internet.defer import Deferred, maybeDeferred, succeed
 from twisted.internet.interfaces import IPushProducer, IStreamServerEndpoint
 from twisted.internet.task import LoopingCall
+from twisted.logger import Logger
+from twisted.python.failure import Failure
 from twisted.web.resource import Resource
-from twisted.web.server import NOT_DONE_YET, Request, Site
+from twisted.web.server import NOT_DONE_YET, Request
 from zope.interface import implementer
 
 from connlimit import _descriptors
-from connlimit._accepting import WatchedEndpoint
-from connlimit._factory import LimitingFactory
-from connlimit._limiter import Limiter
+from connlimit._peers import peer_key
+from connlimit._system.bounded_log import BoundedLog
+from connlimit._version import __version__
+from connlimit._web import MOST, GuardedSite, is_near
 from connlimit.status import _html
+from connlimit.status._once import Recent
+from connlimit.status._picture import Picture
 from connlimit.status._watch import INTERVAL, Watch
 
-#: So many may watch at once, one client no more than a part of them; others wait a little, or are refused.
-_LIMITS: dict[str, Any] = {
-    "max_connections": 64,
-    "max_per_peer": 32,
-    "max_waiting": 64,
-    "wait_timeout": 5.0,
-    "refusal": "http",
-}
-
-#: Seconds within which a client must have sent its request, or its next one.
-_REQUEST_TIMEOUT = 15
+#: So many may follow the page from loopback, and as many from elsewhere; and so many of one peer elsewhere.
+MOST_WATCHERS = MOST // 2
+MOST_WATCHERS_OF_A_PEER = 4
 
 #: A watcher that has not read for so many seconds is given up.
 _MOST_PAUSED = 10
@@ -55,21 +52,23 @@ class StatusService(StreamServerEndpointService):
     Serves the status page, and watches the limiters as long as it runs.
     """
 
+    _log = Logger()
+
     def __init__(
         self, endpoint: IStreamServerEndpoint, limited: Any, show_peers: bool, hosts: frozenset[str]
     ) -> None:
         self._limited = limited
         self._show_peers = show_peers
-        self._hosts = hosts
+        self._hosts = frozenset(host.lower() for host in hosts)
         self.watches: dict[str, Watch] = {}
         self.reactor_lag = 0.0
         self._sampled: float | None = None
         self._watchers: set[_Watcher] = set()
         self._sampling = LoopingCall(self._sample)
-        site = Site(_Root(self), timeout=_REQUEST_TIMEOUT)
-        site.noisy = False
-        own = Limiter(**_LIMITS, name="status")
-        super().__init__(WatchedEndpoint(endpoint, own), LimitingFactory(site, own))
+        self._picture = Recent(self._look, self._seconds, INTERVAL)
+        self._metrics = Recent(self._exposition, self._seconds, INTERVAL)
+        self._site = GuardedSite(_Root(self))
+        super().__init__(endpoint, self._site)
 
     def privilegedStartService(self) -> None:
         """
@@ -93,6 +92,7 @@ class StatusService(StreamServerEndpointService):
             self._sampling.stop()
         for watcher in list(self._watchers):
             watcher.stopProducing()
+        self._site.close()
         for watch in self.watches.values():
             watch.close()
         self.watches.clear()
@@ -116,26 +116,56 @@ class StatusService(StreamServerEndpointService):
         """
         return any(limiter.snapshot().draining for limiter in self._limited.limiters.values())
 
-    def state(self, with_peers: bool) -> dict[str, Any]:
+    def _seconds(self) -> float:
+        return self._sampling.clock.seconds()
+
+    def show(self, form: str, with_peers: bool) -> Deferred[bytes]:
         """
-        Everything there is to tell, as JSON can say it.
+        What there is to see, in a form of `Picture`: the same for all who ask within a second.
         """
+        return self._picture.get().addCallback(lambda picture: picture.form(form, with_peers))
+
+    def metrics(self) -> Deferred[bytes]:
+        """
+        The metrics, the same for all who ask within a second.
+
+        :raises ImportError: without what they need.
+        """
+        return self._metrics.get()
+
+    async def _exposition(self) -> bytes:
+        from connlimit import metrics
+
         self.follow_limiters()
-        semaphores = getattr(self._limited, "semaphores", None)
-        return {
-            **({"semaphores": semaphores(with_peers)} if semaphores else {}),
-            "limiters": [
-                {**watch.facts(with_peers), "history": watch.history()} for watch in self.watches.values()
-            ],
+        return metrics.exposition(self.watches.values(), self.reactor_lag)
+
+    async def _look(self) -> Picture:
+        self.follow_limiters()
+        limiters: list[tuple[Watch, dict[str, Any]]] = []
+        for watch in list(self.watches.values()):
+            limiters.append((watch, {**watch.facts(), "history": watch.history()}))
+            if len(limiters) < len(self.watches):
+                await self._turn()
+        process = {
+            "version": __version__,
             "descriptors": {"open": _descriptors.count(), "limit": _descriptors.limit()},
             "reactor_lag": self.reactor_lag,
         }
+        return Picture(limiters, process, getattr(self._limited, "semaphores", None), self._turn)
+
+    def _turn(self) -> Deferred[None]:
+        """
+        Give others their turn.
+        """
+        mine: Deferred[None] = Deferred()
+        self._site.take_turn(lambda: mine.callback(None))
+        return mine
 
     def may_see_peers(self, request: Request) -> bool:
         """
         Whether the addresses of clients may be shown to whoever asks.
         """
-        return self._show_peers or _is_loopback(getattr(request.getClientAddress(), "host", None))
+        return self._show_peers or is_near(request.getClientAddress())
 
     def is_ours(self, host: bytes | None) -> bool:
         """
@@ -153,14 +183,21 @@ class StatusService(StreamServerEndpointService):
             return False
         return True
 
-    def add_watcher(self, request: Request) -> None:
+    def add_watcher(self, request: Request) -> bool:
         """
         Send the page's sections each second, as long as the client reads them.
-        """
-        _Watcher(request, self._watchers, self.may_see_peers(request)).send(self._event)
 
-    def _event(self, with_peers: bool) -> bytes:
-        return b"data: %s\n\n" % json.dumps(_html.sections(self.state(with_peers))).encode()
+        :return: False if too many follow the page already.
+        """
+        address = request.getClientAddress()
+        near, peer = is_near(address), _peer(address)
+        its = [watcher for watcher in self._watchers if watcher.near == near]
+        its_peers = [watcher for watcher in its if watcher.peer == peer]
+        if len(its) >= MOST_WATCHERS or (not near and len(its_peers) >= MOST_WATCHERS_OF_A_PEER):
+            return False
+        watcher = _Watcher(request, self._watchers, self.may_see_peers(request), near, peer)
+        self._send_picture([watcher])
+        return True
 
     def _sample(self) -> None:
         self.follow_limiters()
@@ -170,25 +207,18 @@ class StatusService(StreamServerEndpointService):
         self._sampled = now
         for watch in self.watches.values():
             watch.sample()
-        made: dict[bool, bytes] = {}
+        if self._watchers:
+            self._send_picture(list(self._watchers))
 
-        def event(with_peers: bool) -> bytes:
-            if with_peers not in made:
-                made[with_peers] = self._event(with_peers)
-            return made[with_peers]
-
-        for watcher in list(self._watchers):
-            watcher.send(event)
-
-
-def _is_loopback(host: str | None) -> bool:
-    if host is None:
-        return True  # a UNIX socket
-    try:
-        address = ip_address(host)
-    except ValueError:
-        return False
-    return (getattr(address, "ipv4_mapped", None) or address).is_loopback
+    def _send_picture(self, watchers: list[_Watcher]) -> None:
+        """
+        Send an event to each of these watchers.
+        """
+        for with_peers in (False, True):
+            those = [watcher for watcher in watchers if watcher.with_peers == with_peers]
+            if those:
+                sections = self.show("event", with_peers).addCallback(partial(_send, those))
+                sections.addErrback(lambda failure: self._log.failure("no picture was made", failure))
 
 
 @implementer(IPushProducer)
@@ -197,23 +227,29 @@ class _Watcher:
     A client that follows the page.
     """
 
-    def __init__(self, request: Request, watchers: set[_Watcher], with_peers: bool) -> None:
+    def __init__(
+        self, request: Request, watchers: set[_Watcher], with_peers: bool, near: bool, peer: Hashable
+    ) -> None:
+        self.with_peers = with_peers
+        self.near = near
+        self.peer = peer
         self._request = request
         self._watchers = watchers
-        self._with_peers = with_peers
         self._paused = 0
         self._reads = True
         watchers.add(self)
         request.notifyFinish().addBoth(lambda _: watchers.discard(self))
         request.registerProducer(self, True)
 
-    def send(self, event: Callable[[bool], bytes]) -> None:
+    def send(self, event: bytes) -> None:
         """
         Send an event, unless the client has not read the last ones.
         """
+        if self not in self._watchers:
+            return
         if self._reads:
             self._paused = 0
-            self._request.write(event(self._with_peers))
+            self._request.write(event)
             return
         self._paused += 1
         if self._paused > _MOST_PAUSED:
@@ -233,21 +269,31 @@ class _Watcher:
             self._request.finish()
 
 
+def _send(watchers: list[_Watcher], event: bytes) -> None:
+    for watcher in watchers:
+        watcher.send(event)
+
+
 class _Root(Resource):
     """
     Everything that the server answers.
     """
 
     isLeaf = True
+    _log = BoundedLog(Logger())
 
     def __init__(self, service: StatusService) -> None:
         super().__init__()
         self._service = service
-        self._paths: dict[bytes, Callable[[Request], tuple[str, str | bytes]]] = {
-            b"/": lambda request: ("text/html", _html.page(self._state(request))),
-            b"/status.css": lambda request: ("text/css", _html.CSS),
-            b"/status.js": lambda request: ("text/javascript", _html.SCRIPT),
-            b"/status.json": lambda request: ("application/json", json.dumps(self._state(request))),
+        show = service.show
+        self._pages: dict[bytes, tuple[str, Callable[[bool], Deferred[bytes]]]] = {
+            b"/": ("text/html", partial(show, "page")),
+            b"/status.css": ("text/css", lambda _: succeed(_html.CSS.encode())),
+            b"/status.js": ("text/javascript", lambda _: succeed(_html.SCRIPT.encode())),
+            b"/status.json": ("application/json", partial(show, "json")),
+        }
+        # These have numbers alone, and are not guarded against foreign names.
+        self._numbers: dict[bytes, Callable[[Request], Any]] = {
             b"/health": self._health,
             b"/metrics": self._metrics,
         }
@@ -258,17 +304,21 @@ class _Root(Resource):
         if request.method not in (b"GET", b"HEAD"):
             request.setHeader(b"allow", b"GET, HEAD")
             return self._answer(request, 405, "only GET and HEAD are answered\n")
+        numbers = self._numbers.get(request.path)
+        if numbers is not None:
+            return numbers(request)
         if not self._service.is_ours(request.getHeader(b"host")):
             return self._answer(
-                request, 421, "ask by IP address, by localhost, or by a name listed in status.hosts\n"
+                request,
+                421,
+                "ask by IP address, by localhost, or by a name given by --status-host or status.hosts\n",
             )
         if request.path == b"/events":
             return self._events(request)
-        answer = self._paths.get(request.path)
-        if answer is None:
+        if request.path not in self._pages:
             return self._answer(request, 404, "there is nothing here\n")
-        kind, body = answer(request)
-        return self._answer(request, request.code, body, kind)
+        kind, make = self._pages[request.path]
+        return self._answer_later(request, kind, make(self._service.may_see_peers(request)))
 
     def _answer(self, request: Request, code: int, body: str | bytes, kind: str = "text/plain") -> bytes:
         request.setResponseCode(code)
@@ -279,29 +329,45 @@ class _Root(Resource):
             return b""
         return data
 
-    def _state(self, request: Request) -> dict[str, Any]:
-        return self._service.state(self._service.may_see_peers(request))
+    def _answer_later(self, request: Request, kind: str, body: Deferred[bytes]) -> Any:
+        """
+        Answer when the body is made, if the client is still there.
+        """
+        gone: list[object] = []
+        request.notifyFinish().addErrback(gone.append)
 
-    def _events(self, request: Request) -> Any:
-        request.setHeader(b"content-type", b"text/event-stream")
-        if request.method == b"HEAD":
-            return b""
-        request.channel.setTimeout(None)
-        self._service.add_watcher(request)
+        def answer(data: bytes, code: int = 200, kind: str = kind) -> None:
+            if not gone:
+                data = self._answer(request, code, data, kind)
+                request.setHeader(b"content-length", b"%d" % len(data)) if data else None
+                request.write(data)
+                request.finish()
+
+        def fail(failure: Failure) -> None:
+            if failure.check(ImportError):
+                answer(b"metrics need prometheus-client: pip install connlimit[metrics]\n", 501, "text/plain")
+            else:
+                self._log.failure("no picture was made", failure)
+                answer(b"this failed; the log says why\n", 500, "text/plain")
+
+        body.addCallbacks(answer, fail)
         return NOT_DONE_YET
 
-    def _health(self, request: Request) -> tuple[str, str]:
-        draining = self._service.is_draining()
-        request.setResponseCode(503 if draining else 200)
-        return "text/plain", "draining\n" if draining else "ok\n"
+    def _events(self, request: Request) -> Any:
+        if request.method == b"HEAD":
+            return self._answer(request, 200, "", "text/event-stream")
+        request.setHeader(b"content-type", b"text/event-stream")
+        if not self._service.add_watcher(request):
+            request.setHeader(b"retry-after", b"10")
+            return self._answer(request, 503, "too many follow this page already\n")
+        return NOT_DONE_YET
 
-    def _metrics(self, request: Request) -> tuple[str, str | bytes]:
-        try:
-            from connlimit import metrics
-        except ImportError:
-            request.setResponseCode(501)
-            return "text/plain", "metrics need prometheus-client: pip install connlimit[metrics]\n"
-        self._service.follow_limiters()
-        return "text/plain; version=0.0.4", metrics.exposition(
-            self._service.watches.values(), self._service.reactor_lag
-        )
+    def _health(self, request: Request) -> bytes:
+        draining = self._service.is_draining()
+        return self._answer(request, 503 if draining else 200, "draining\n" if draining else "ok\n")
+
+    def _metrics(self, request: Request) -> Any:
+        return self._answer_later(request, "text/plain; version=0.0.4", self._service.metrics())
+
+
+_peer = peer_key((32, 64))

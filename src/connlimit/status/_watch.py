@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import deque
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import attrs
@@ -81,11 +82,9 @@ class Watch(LimiterObserver):
         waits = sorted(self._last)
         return {f"p{p}": waits[len(waits) * p // 100] if waits else 0.0 for p in (50, 90, 99)}
 
-    def facts(self, with_peers: bool) -> dict[str, Any]:
+    def facts(self) -> dict[str, Any]:
         """
-        Everything there is to tell, as JSON can say it.
-
-        :param with_peers: whether the addresses of clients may be told.
+        Everything there is to tell but for peers, as JSON can say it. Costs the same however many wait.
         """
         now = self.limiter.snapshot()
         facts: dict[str, Any] = {
@@ -111,16 +110,31 @@ class Watch(LimiterObserver):
             "draining",
         ):
             facts[name] = getattr(now, name)
-        if with_peers:
-            facts["peers"] = [
-                {"peer": str(peer), "active": active, "waiting": waiting}
-                for peer, active, waiting in self.limiter.busiest_peers(PEERS)
-            ]
-            facts["line"] = [
+        return facts
+
+    async def peers(self, turn: Callable[[], Awaitable[object]]) -> dict[str, Any]:
+        """
+        The busiest peers and the first of those who wait. Looks at all connections, some at a time.
+
+        :param turn: gives others their turn.
+        """
+        looking = self.limiter.find_busiest_peers(PEERS)
+        while True:
+            try:
+                next(looking)
+            except StopIteration as end:
+                busiest = end.value
+                break
+            await turn()
+        return {
+            "peers": [
+                {"peer": str(peer), "active": active, "waiting": waiting} for peer, active, waiting in busiest
+            ],
+            "line": [
                 {"address": address_text(address), "age": age}
                 for address, age in self.limiter.first_waiting(SHOWN)
-            ]
-        return facts
+            ],
+        }
 
     def history(self) -> dict[str, list[int]]:
         """
