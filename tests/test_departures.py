@@ -4,17 +4,22 @@ A client that goes away while it waits is noticed when it goes.
 
 from __future__ import annotations
 
+import ast
+import os
 import select
 import socket
 import struct
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from fakes import ApplicationError
 from pytest_twisted import ensureDeferred
 from sockets import connected, listening, patiently, until, wrap_server_tls
+from support import PATIENCE, Log
 from twisted.internet import reactor
 from twisted.internet.endpoints import serverFromString
 from twisted.internet.protocol import Factory, Protocol
@@ -257,6 +262,8 @@ class FakeKqueue:
     def fileno(self) -> int:
         return 99
 
+    def close(self) -> None: ...
+
     def control(self, changes: list | None, most: int, timeout: int = 0) -> list[object]:
         for change in changes or ():
             self.changes.append((change.ident, change.flags))
@@ -319,6 +326,252 @@ def test_a_kqueue_tells_of_ends_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     assert readers == []
     near.close()
     far.close()
+
+
+def new_departures(kind: str) -> _departures.Departures | _departures.Looks:
+    """
+    What notices departures in this way, and has logged nothing yet.
+    """
+    return _departures.Looks(reactor) if kind == "looks" else _departures._make(reactor)
+
+
+class Failing(Waiting):
+    """
+    Somebody who waits, and whose end raises.
+    """
+
+    def __init__(self, error: BaseException) -> None:
+        super().__init__()
+        self._error = error
+
+    def client_departed(self) -> None:
+        super().client_departed()
+        raise self._error
+
+
+@pytest.mark.parametrize("error", [ApplicationError("x"), SystemExit(1)], ids=["exception", "exit"])
+@pytest.mark.parametrize("method", ["client_departed", "departs_with"])
+@ensureDeferred
+async def test_whatever_fails_for_one_the_others_are_told(
+    kind: str, method: str, error: BaseException, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: object) -> None:
+        raise error
+
+    departures = new_departures(kind)
+    pairs = [socket.socketpair() for _ in range(3)]
+    waiting = [Waiting() for _ in pairs]
+    monkeypatch.setattr(waiting[0], method, fail)
+    with Log() as log:
+        for (near, _), each in zip(pairs, waiting, strict=True):
+            departures.watch(near.fileno(), each)
+        for _, far in pairs[:2]:
+            far.close()
+        await until(lambda: waiting[1].departed)
+        pairs[2][1].close()
+        await until(lambda: waiting[2].departed)
+    assert [event["log_failure"].value for event in log.events if "log_failure" in event] == [error]
+    for (near, _), each in zip(pairs, waiting, strict=True):
+        departures.unwatch(near.fileno(), each)
+        near.close()
+    assert departures not in reactor.getReaders()
+
+
+@ensureDeferred
+async def test_whoever_fails_again_and_again_does_not_fill_the_log(kind: str) -> None:
+    departures = new_departures(kind)
+    with Log() as log:
+        for _ in range(20):
+            near, far = socket.socketpair()
+            waiting = Failing(ApplicationError("x"))
+            departures.watch(near.fileno(), waiting)
+            far.close()
+            await until(lambda waiting=waiting: waiting.departed)
+            departures.unwatch(near.fileno(), waiting)
+            near.close()
+    assert len(log.events) == 1
+
+
+@ensureDeferred
+async def test_a_socket_that_the_kernel_does_not_take_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_departures, "_LOOK_INTERVAL", 0.05)
+    departures = _departures.of(reactor)
+
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    limiter = Limiter(0)
+    async with listening(limiter) as (_, where):
+        with monkeypatch.context() as patch:
+            patch.setattr(departures._kernel, "watch", full)
+            client = connect(where)
+            await until(lambda: limiter.waiting == 1)
+        other = connect(where)
+        await until(lambda: limiter.waiting == 2)
+        client.close()
+        await until(lambda: limiter.snapshot().departed == 1)
+        other.close()
+        await until(lambda: limiter.snapshot().departed == 2)
+
+
+FORKING = r"""
+import os, signal, sys, time
+import importlib
+importlib.import_module("twisted.internet." + sys.argv[1] + "reactor").install()
+from twisted.internet import endpoints, protocol, reactor, stdio
+from twisted.protocols.basic import LineReceiver
+from connlimit import Limiter, LimitingFactory, _departures
+
+limiter = Limiter(0)
+server = protocol.Factory.forProtocol(protocol.Protocol)
+factory = LimitingFactory(server, limiter)
+
+class Commands(LineReceiver):
+    delimiter = b"\n"
+
+    def lineReceived(self, line):
+        self.sendLine(repr(eval(line.decode())).encode())
+
+def fork(*acts):
+    reading, writing = os.pipe()
+    if os.fork():
+        os.close(reading)
+        return writing
+    os.close(writing)
+    try:
+        for act in acts:
+            act()
+        os.read(reading, 1)
+    finally:
+        os._exit(0)
+
+def move():
+    # As a program that makes itself a daemon when it runs already.
+    if os.fork():
+        os._exit(0)
+
+def stop_watching():
+    for connection in limiter.waiting_for(factory):
+        connection.wrappedProtocol.stop_watching()
+
+def abort_all():
+    for connection in limiter.waiting_for(factory):
+        connection.transport.abortConnection()
+
+def waiting_and_departed():
+    return limiter.waiting, limiter.snapshot().departed
+
+endpoints.serverFromString(reactor, "tcp:0:interface=127.0.0.1").listen(factory).addCallback(
+    lambda port: print(port.getHost().port, flush=True))
+stdio.StandardIO(Commands())
+reactor.run()
+"""
+
+
+class Forking:
+    """
+    A server in a process of its own that does what it is told.
+    """
+
+    def __init__(self, reactor_name: str) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", FORKING, reactor_name],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        self.where = f"tcp:127.0.0.1:{int(self._process.stdout.readline())}"
+
+    def __enter__(self) -> Forking:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._process.stdin.close()
+        self._process.kill()
+        self._process.wait()
+        self._process.stdout.close()
+
+    def do(self, what: str) -> object:
+        print(what, file=self._process.stdin, flush=True)
+        return ast.literal_eval(self._process.stdout.readline())
+
+    def until(self, waiting: int, departed: int) -> None:
+        """
+        Wait until so many wait and so many have departed.
+        """
+        began = time.monotonic()
+        while self.do("waiting_and_departed()") != (waiting, departed):
+            assert time.monotonic() - began < PATIENCE, self.do("waiting_and_departed()")
+            time.sleep(0.01)
+
+    def rests(self, seconds: float = 0.5) -> bool:
+        """
+        Whether it has next to nothing to do.
+        """
+        before = self.do("time.process_time()")
+        time.sleep(seconds)
+        return self.do("time.process_time()") - before < seconds / 4
+
+
+REACTORS = ["epoll", "poll", "select", "asyncio"]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize("reactor_name", REACTORS)
+@pytest.mark.parametrize("end", ["departed", "aborted by somebody else"])
+def test_after_a_fork_the_numbers_of_those_who_left_mean_nothing(reactor_name: str, end: str) -> None:
+    with Forking(reactor_name) as server:
+        gone = [connect(server.where) for _ in range(5)]
+        server.until(5, 0)
+        server.do("fork()")
+        if end == "departed":
+            for client in gone:
+                reset(client)
+        else:
+            server.do("abort_all()")
+        server.until(0, 5)
+        assert server.rests()
+        alive = [connect(server.where, b"something") for _ in range(10)]
+        server.until(10, 5)
+        for client in gone:
+            client.close()
+        assert server.rests()
+        server.until(10, 5)
+        for client in alive:
+            reset(client)
+        server.until(0, 15)
+        assert server.rests()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize("reactor_name", REACTORS)
+def test_what_a_child_does_with_its_connections_is_nothing_to_its_parent(reactor_name: str) -> None:
+    with Forking(reactor_name) as server:
+        clients = [connect(server.where) for _ in range(5)]
+        server.until(5, 0)
+        server.do("fork(stop_watching)")
+        time.sleep(0.2)  # nobody tells when the child has done it
+        for client in clients:
+            client.close()
+        server.until(0, 5)
+        assert server.rests()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize("reactor_name", ["epoll", "poll", "select"])
+def test_a_child_that_goes_on_in_its_parents_place_notices_departures(reactor_name: str) -> None:
+    with Forking(reactor_name) as server:
+        before = [connect(server.where) for _ in range(5)]
+        server.until(5, 0)
+        server.do("move()")
+        before[0].close()
+        server.until(4, 1)
+        after = [connect(server.where) for _ in range(5)]
+        server.until(9, 1)
+        for client in before[1:] + after:
+            client.close()
+        server.until(0, 10)
+        assert server.rests()
 
 
 @ensureDeferred

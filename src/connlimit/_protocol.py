@@ -402,8 +402,11 @@ class WaitingProtocol:  # type: ignore[misc]  # connectionMade is for makeConnec
         """
         The client went away.
         """
-        self.connection.factory.limiter.depart(self.connection)
-        self.connection.abort()
+        self.stop_watching()
+        try:
+            self.connection.factory.limiter.depart(self.connection)
+        finally:
+            self.connection.abort()
 
     def stop_watching(self) -> None:
         """
