@@ -53,7 +53,7 @@ def from_arguments(
     except ValueError as error:
         raise ValueError(f"connlimit endpoint: {error}") from None
     description = _describe(positional, inner)
-    limiter = _limiter(name, values, shared)
+    limiter = _limiter(reactor, name, values, shared)
     try:
         if place == "socket":
             inner_reactor = LimitingReactor(reactor, limiter)
@@ -82,18 +82,18 @@ def _quote(argument: str) -> str:
     return quoted.replace("=", r"\=")
 
 
-def _limiter(name: str | None, values: Mapping[str, Any], shared: str | None) -> Limiter:
+def _limiter(reactor: Any, name: str | None, values: Mapping[str, Any], shared: str | None) -> Limiter:
     """
     A limiter of its own, or the one of that name.
 
     The first string that names it sets it up; others may repeat its settings.
     """
     if name is None:
-        return Limiter(**values, limits=_shared(shared, values))
+        return Limiter(**values, limits=_shared(shared, values), clock=reactor)
     limiter = _limiters.get(name)
     if limiter is None:
         values = {**values, "name": name}
-        limiter = _limiters[name] = Limiter(**values, limits=_shared(shared, values))
+        limiter = _limiters[name] = Limiter(**values, limits=_shared(shared, values), clock=reactor)
     for key, value in values.items():
         existing = getattr(limiter, key)
         if existing != value:
