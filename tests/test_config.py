@@ -127,7 +127,7 @@ def test_everything_that_is_wrong_is_told_at_once(tmp_path: Path) -> None:
         "drain_timeout must be a number of seconds, 0 or more, not 'soon'",
         "colour is not known; there are limiters, services, status, drain_timeout, log_connections",
         "[limiters.web] max_conections is not known; did you mean max_connections?",
-        "[limiters.web] wait_timeout must be a number of seconds above 0",
+        "[limiters.web] wait_timeout must be a time above 0, such as 30, 500ms, 30s or 5min, or none",
         "[limiters.web] refusal must be close, reset,",
         "[services.one] listen must be an endpoint such as 'tcp:8080', or several, not 8080",
         "[services.one] limiter must be the name of a limiter (web), not 'wbe'",
@@ -144,14 +144,24 @@ def test_everything_that_is_wrong_is_told_at_once(tmp_path: Path) -> None:
     ("text", "words"),
     [
         ("", "limiters must be at least one table"),
-        ("[limiters.a]\n", "services must be at least one table"),
+        ("[limiters.a]\nmax_rate = 1\n", "services must be at least one table"),
+        (
+            "[limiters.a]\n",
+            "[limiters.a] nothing would be limited: give max_connections, max_per_peer, max_rate or",
+        ),
+        ("[limiters.a]\nmax_connections = 1\nmax_burst = 2", "[limiters.a] max_burst needs max_rate"),
+        (
+            "[limiters.a]\nmax_per_peer = 0",
+            "[limiters.a] max_per_peer must be a whole number, 1 or more, or none",
+        ),
+        ("[limiters.a]\nnotice = 5", "[limiters.a] notice must be a time above 0 and what is said then"),
         ("limiters = 5\n", "limiters must be tables, not 5"),
         ("[limiters]\na = 5\n", "[limiters] a must be a table with a name, not 5"),
         ("this is no TOML", "this is no TOML"),
         (SMALL + "[limiters.other]\n", "limiter must be the name of a limiter (web, other), and is missing"),
         ("status = 5\n" + SMALL, "status must be a table, not 5"),
         ("processes = 0\n" + SMALL, "processes must be a whole number from 1 to 1024, not 0"),
-        ("processes = true\n" + SMALL, "processes must be a whole number from 1 to 1024, not True"),
+        ("processes = true\n" + SMALL, "processes must be a whole number from 1 to 1024, not true"),
     ],
 )
 def test_each_mistake_gets_a_sentence(text: str, words: str, tmp_path: Path) -> None:
@@ -208,6 +218,7 @@ def test_on_the_command_line_all_mistakes_are_told_and_nothing_is_started(tmp_pa
         (["--config", "x.toml", "--listen", "tcp:1"], "--listen must be in the file"),
         (["--check-config"], "--check-config needs --config FILE"),
         (["--config", "/nowhere.toml"], "the file cannot be read"),
+        (["--config", ""], "the file cannot be read"),
     ],
 )
 def test_a_wrong_command_line_gets_one_sentence(arguments: list[str], words: str) -> None:

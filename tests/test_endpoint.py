@@ -48,14 +48,14 @@ def parse(description: str) -> LimitingEndpoint:
         ("connlimit:tcp:8080:max_connections=100", "tcp:8080"),
         ("connlimit:tcp:8080:interface=127.0.0.1:max_connections=100", "tcp:8080:interface=127.0.0.1"),
         ("connlimit:max_connections=100:tcp:port=80", "tcp:port=80"),
-        (r"connlimit:tcp6:0:interface=\:\:1:max_waiting=5", r"tcp6:0:interface=\:\:1"),
+        (r"connlimit:tcp6:0:interface=\:\:1:max_per_peer=5", r"tcp6:0:interface=\:\:1"),
         ("connlimit:unix:/run/x.sock:mode=660:max_connections=5", "unix:/run/x.sock:mode=660"),
-        (r"connlimit:ssl:443:privateKey=C\:/key.pem:wait_timeout=3", r"ssl:443:privateKey=C\:/key.pem"),
+        (r"connlimit:ssl:443:privateKey=C\:/key.pem:max_rate=3", r"ssl:443:privateKey=C\:/key.pem"),
         (r"connlimit:unix:/odd\=name\\:max_connections=5", r"unix:/odd\=name\\"),
         ("connlimit:tls:/certificates:8443:max_connections=5", "tls:/certificates:8443"),
         ("connlimit:haproxy:tcp:8080:max_connections=5", "haproxy:tcp:8080"),
         ("connlimit:systemd:domain=INET:name=web:max_connections=5", "systemd:domain=INET:name=web"),
-        ("connlimit:tcp:8080", "tcp:8080"),
+        ("connlimit:tcp:8080:max_connections=none", "tcp:8080"),
     ],
 )
 def test_settings_are_taken_out_and_the_rest_is_the_inner_endpoints(
@@ -79,12 +79,40 @@ def test_every_setting_reaches_the_limiter(inner: list[str]) -> None:
         ("connlimit:tcp:0:max_connections=many", ["max_connections must be a whole number", "'many'"]),
         ("connlimit:tcp:0:max_waiting=-1", ["max_waiting", "'-1'"]),
         ("connlimit:tcp:0:wait_timeout=0", ["wait_timeout", "'0'"]),
-        ("connlimit:tcp:0:max_conections=5", ["max_conections", "connlimit itself takes max_connections"]),
-        ("connlimit:tcp", ["'tcp' is no endpoint"]),
-        ("connlimit:tpc:80", ["'tpc:80' is no endpoint"]),
-        ("connlimit:", ["'' is no endpoint"]),
+        ("connlimit:tcp:0:max_conections=5", ["it takes no max_conections; did you mean max_connections?"]),
+        ("connlimit:tcp:0:max-rate=5", ["it takes no max-rate; did you mean max_rate?"]),
+        ("connlimit:tcp:0:max_rate=1:nonsense=5", ["it takes no nonsense", "connlimit itself takes max_con"]),
+        ("connlimit:tcp:max_rate=1", ["'tcp' is no endpoint (its port is missing)"]),
+        ("connlimit:tpc:80:max_rate=1", ["'tpc:80' is no endpoint (there is no endpoint 'tpc')"]),
+        ("connlimit:tcp:http:max_rate=1", ["'tcp:http' is no endpoint ('http' is no number)"]),
+        ("connlimit:max_rate=1", ["'' is no endpoint"]),
+        ("connlimit:tcp:70000:max_rate=1", ["a port must be from 0 to 65535, not 70000"]),
+        ("connlimit:tcp:-1:max_rate=1:place=socket", ["a port must be from 0 to 65535, not -1"]),
+        ("connlimit:haproxy:tcp:70000:max_rate=1", ["a port must be from 0 to 65535, not 70000"]),
+        (
+            "connlimit:tcp:0:interface=nonsense:max_rate=1",
+            ["the interface must be an address of this machine"],
+        ),
+        ("connlimit:tcp:0:backlog=-1:max_rate=1", ["the backlog must be 0 or more", "-1"]),
+        ("connlimit:unix::max_rate=1", ["the path is missing"]),
+        (
+            "connlimit:tcp:0",
+            ["nothing would be limited: give max_connections, max_per_peer, max_rate or shared"],
+        ),
+        ("connlimit:tcp:0:limiter=a", ["nothing would be limited", "max_connections=none"]),
+        ("connlimit:tcp:0:max_connections=1:max_burst=3", ["max_burst needs max_rate"]),
+        (
+            "connlimit:tcp:0:max_per_peer=0",
+            ["max_per_peer must be a whole number, 1 or more, or none", "'0'"],
+        ),
+        (
+            "connlimit:tcp:0:notice=5:max_rate=1",
+            ["notice must be a time above 0 and what is said then", "'5'"],
+        ),
+        ("connlimit:tcp:0:shared=x:max_connections=1", ["shared must name a Redis", "'x'"]),
         ("connlimit:tcp:0:place=here", ["place must be protocol or socket", "'here'"]),
-        ("connlimit:tcp:0:limiter=", ["name must be a text", "''"]),
+        ("connlimit:tcp:0:when_full=stop", ["when_full must be refuse or stop-accepting", "'stop'"]),
+        ("connlimit:tcp:0:max_rate=1:limiter=", ["name must be a text", "''"]),
     ],
 )
 def test_a_wrong_string_is_a_value_error_of_one_sentence(description: str, words: list[str]) -> None:
@@ -101,8 +129,10 @@ def test_strings_that_name_the_same_limiter_share_it(inner: list[str]) -> None:
     other = parse("connlimit:tcp:4:max_connections=7")
     assert first.limiter is second.limiter is third.limiter
     assert other.limiter is not first.limiter
-    with pytest.raises(ValueError, match=r"max_connections of limiter shared is 7 already.*not 8"):
+    with pytest.raises(ValueError, match=r"max_connections of limiter shared is 7 already.*not '8'"):
         parse("connlimit:tcp:5:max_connections=8:limiter=shared")
+    with pytest.raises(ValueError, match=r"wait_timeout of limiter shared is none already.*not '8s'"):
+        parse("connlimit:tcp:5:wait_timeout=8s:limiter=shared")
 
 
 def test_a_name_is_free_again_when_its_endpoints_are_gone(inner: list[str]) -> None:

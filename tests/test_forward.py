@@ -386,7 +386,7 @@ def test_a_gibibyte_goes_through_both_ways_at_once_without_piling_up() -> None:
 
     with (
         backend_thread(serve) as backend,
-        running("connlimit", "--listen", LOCAL, "--forward", backend) as program,
+        running("connlimit", "--listen", LOCAL, "--forward", backend, "--max-connections=9") as program,
         socket.create_connection(("127.0.0.1", program.port()), PATIENCE) as client,
         sampled(program.resident_memory) as memory,
     ):
@@ -433,7 +433,7 @@ def test_a_reader_that_stops_reading_stops_the_writer_and_loses_nothing() -> Non
 
     with (
         backend_thread(write_until_it_stalls) as backend,
-        running("connlimit", "--listen", LOCAL, "--forward", backend) as program,
+        running("connlimit", "--listen", LOCAL, "--forward", backend, "--max-connections=9") as program,
         socket.create_connection(("127.0.0.1", program.port()), PATIENCE) as client,
     ):
         before = program.resident_memory()

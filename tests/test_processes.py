@@ -101,6 +101,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
+LIMIT = ("--max-connections=100",)
 FACTORY = ("--factory", "named:factory")
 
 
@@ -187,7 +188,7 @@ def test_a_crowd_is_served_by_all_workers_and_never_more_at_once_than_the_limit(
 
 def test_without_a_limit_all_are_served_at_once(folder: Path) -> None:
     with (
-        running("connlimit", "--processes=2", "--listen", LOCAL, *FACTORY, cwd=folder) as program,
+        running("connlimit", "--processes=2", *LIMIT, "--listen", LOCAL, *FACTORY, cwd=folder) as program,
         ExitStack() as stack,
     ):
         pids = workers(program, 2)
@@ -222,7 +223,7 @@ def test_a_dead_workers_slots_are_free_and_another_takes_its_place(folder: Path)
 
 def test_what_a_dead_worker_has_not_accepted_is_served_by_another(folder: Path) -> None:
     with (
-        running("connlimit", "--processes=2", "--listen", LOCAL, *FACTORY, cwd=folder) as program,
+        running("connlimit", "--processes=2", *LIMIT, "--listen", LOCAL, *FACTORY, cwd=folder) as program,
         ExitStack() as stack,
     ):
         pids = workers(program, 2)
@@ -235,7 +236,7 @@ def test_what_a_dead_worker_has_not_accepted_is_served_by_another(folder: Path) 
 
 
 def test_a_worker_that_is_asked_to_end_lets_its_connections_finish(folder: Path) -> None:
-    arguments = ["--processes=2", "--drain-timeout=20", "--listen", LOCAL, *FACTORY]
+    arguments = ["--processes=2", *LIMIT, "--drain-timeout=20", "--listen", LOCAL, *FACTORY]
     with running("connlimit", *arguments, cwd=folder) as program, connected(program.port()) as client:
         workers(program, 2)
         pid = asked(client)
@@ -250,7 +251,7 @@ def test_a_worker_that_dies_again_and_again_is_started_ever_more_slowly(tmp_path
     (tmp_path / "dying.py").write_text(
         f"import os, sys\n{ECHO}\nif 'connlimit._worker' in sys.modules:\n    os._exit(7)\n"
     )
-    arguments = ["--processes=2", "--listen", LOCAL, "--factory", "dying:factory"]
+    arguments = ["--processes=2", *LIMIT, "--listen", LOCAL, "--factory", "dying:factory"]
     with running("connlimit", *arguments, cwd=tmp_path) as program:
         for delay in ("0.1", "0.2", "0.4"):
             program.wait_for(rf"worker 1 ended with exit code 7; it is started again in {delay} s")
@@ -261,7 +262,7 @@ def test_a_worker_that_dies_again_and_again_is_started_ever_more_slowly(tmp_path
 
 
 def test_all_workers_drain_together(folder: Path) -> None:
-    arguments = ["--processes=3", "--drain-timeout=20", "--listen", LOCAL, *FACTORY]
+    arguments = ["--processes=3", *LIMIT, "--drain-timeout=20", "--listen", LOCAL, *FACTORY]
     with running("connlimit", *arguments, cwd=folder) as program, ExitStack() as stack:
         pids = workers(program, 3)
         port = program.port()
@@ -283,7 +284,7 @@ def test_all_workers_drain_together(folder: Path) -> None:
 
 
 def test_a_second_order_to_stop_ends_all_at_once(folder: Path) -> None:
-    arguments = ["--processes=2", "--drain-timeout=60", "--listen", LOCAL, *FACTORY]
+    arguments = ["--processes=2", *LIMIT, "--drain-timeout=60", "--listen", LOCAL, *FACTORY]
     with running("connlimit", *arguments, cwd=folder) as program, connected(program.port()) as client:
         pids = workers(program, 2)
         asked(client)
@@ -294,7 +295,7 @@ def test_a_second_order_to_stop_ends_all_at_once(folder: Path) -> None:
 
 
 def test_workers_whose_parent_was_killed_end_as_well(folder: Path) -> None:
-    arguments = ["--processes=2", "--listen", LOCAL, *FACTORY]
+    arguments = ["--processes=2", *LIMIT, "--listen", LOCAL, *FACTORY]
     with running("connlimit", *arguments, cwd=folder) as program, connected(program.port()) as client:
         pids = workers(program, 2)
         asked(client)
@@ -308,7 +309,7 @@ def test_workers_whose_parent_was_killed_end_as_well(folder: Path) -> None:
 def test_every_kind_of_server_and_port_works(folder: Path, tmp_path: Path) -> None:
     path = tmp_path / "socket"
     arguments = [f"--listen={LOCAL}", f"--listen=unix:{path}:mode=600", f"--listen=haproxy:{LOCAL}"]
-    with running("connlimit", "--processes=2", *arguments, *FACTORY, cwd=folder) as program:
+    with running("connlimit", "--processes=2", *LIMIT, *arguments, *FACTORY, cwd=folder) as program:
         pids = workers(program, 2)
         os.kill(pids[1], signal.SIGTERM)  # a worker that ends in order leaves the file
         program.wait_for("(?s)started again.*worker 1 serves")
@@ -346,7 +347,7 @@ def test_sockets_of_systemd_are_served_and_it_is_told_when_all_workers_serve(fol
         notified.bind(str(folder / "notify"))
         notified.settimeout(PATIENCE)
         where = "systemd:domain=INET:name=web"
-        command = twistd_command("connlimit", "--processes=2", "--listen", where, *FACTORY)
+        command = twistd_command("connlimit", "--processes=2", *LIMIT, "--listen", where, *FACTORY)
         # As systemd does: the descriptor is 3, and the PID that of the program itself.
         script = (
             "import os, sys; os.dup2(int(sys.argv[1]), 3); "
@@ -461,14 +462,18 @@ def test_a_file_that_is_read_again_changes_all_workers(folder: Path) -> None:
 
 @pytest.mark.parametrize("value", ["0", "-1", "many", "1.5", str(MOST_PROCESSES + 1)])
 def test_a_wrong_number_of_processes_gets_one_sentence(value: str) -> None:
-    sentence = failing("connlimit", f"--processes={value}", "--listen", LOCAL, "--forward", "tcp:localhost:1")
+    sentence = failing(
+        "connlimit", f"--processes={value}", *LIMIT, "--listen", LOCAL, "--forward", "tcp:localhost:1"
+    )
     assert sentence == f"connlimit: --processes must be a whole number from 1 to 1024, not {value!r}"
 
 
 def test_a_port_in_use_gets_one_sentence_and_nothing_is_started(folder: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         where = f"tcp:{taken.getsockname()[1]}:interface=127.0.0.1"
-        with running("connlimit", "--processes=2", "--listen", where, *FACTORY, cwd=folder) as program:
+        with running(
+            "connlimit", "--processes=2", *LIMIT, "--listen", where, *FACTORY, cwd=folder
+        ) as program:
             assert program.process.wait(PATIENCE) == 1
             assert "in use" in program.wait_for(r"connlimit: .*")[0]
             assert "Traceback" not in program.output

@@ -240,7 +240,8 @@ def test_requests_by_the_thousand_on_one_connection_do_not_move_the_limited_serv
 def test_a_client_that_asks_and_never_reads_takes_no_memory(tmp_path: Path) -> None:
     (tmp_path / "echoes.py").write_text(ECHO)
     command = ["--listen=tcp:0:interface=127.0.0.1", "--status=tcp:0:interface=127.0.0.1"]
-    with running("connlimit", *command, "--factory=echoes:factory", cwd=tmp_path) as program:
+    command += ["--factory=echoes:factory", "--max-connections=100"]
+    with running("connlimit", *command, cwd=tmp_path) as program:
         program.wait_for("served at once")
         server = Server(program)
         server.ask("/status.json")

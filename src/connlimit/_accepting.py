@@ -20,6 +20,7 @@ from zope.interface import implementer
 
 from connlimit import _sockets
 from connlimit._limiter import Limiter
+from connlimit._settings import did_you_mean
 from connlimit.interfaces import IConnection, IPort
 from connlimit.observers import LimiterObserver
 
@@ -38,7 +39,10 @@ def check_when_full(value: object, name: str = "when_full") -> None:
     :raises ValueError: if the value is not one of `WHEN_FULL`.
     """
     if value not in WHEN_FULL:
-        raise ValueError(f"{name} must be {' or '.join(WHEN_FULL)}, not {value!r}")
+        hint = did_you_mean(value, WHEN_FULL)
+        raise ValueError(
+            f"{name} must be {' or '.join(WHEN_FULL)}, not {value!r}" + (f"; {hint}" if hint else "")
+        )
 
 
 @implementer(IStreamServerEndpoint)
@@ -66,7 +70,6 @@ class WatchedEndpoint:
 
     def _watch(self, port: Any) -> Any:
         if hasattr(port, "socket"):
-            self.limiter.run_in(port.reactor)
             if self.when_full == "stop-accepting" and IReadDescriptor.providedBy(port):
                 self.limiter.add_port(_StoppingPort(self.limiter, port))
             else:

@@ -12,7 +12,7 @@ from typing import Any
 import attrs
 
 from connlimit._accepting import WHEN_FULL
-from connlimit._settings import FIELDS, load, seconds
+from connlimit._settings import FIELDS, Settings, check_limits, load, seconds, shown
 from connlimit._toml import ConfigError, document
 
 #: How many processes can serve; more are a slip.
@@ -85,7 +85,7 @@ class Config:
         """
         lines = [
             f"limiter {name}: "
-            + (", ".join(f"{k}={v!r}" for k, v in settings.items() if k != "name") or "no limits")
+            + (", ".join(f"{k}={shown(v)}" for k, v in settings.items() if k != "name") or "no limits")
             for name, settings in self.limiters.items()
         ]
         for service in self.services.values():
@@ -168,6 +168,7 @@ class _Reader:
 
     def _limiter(self, name: str, table: Mapping[str, Any]) -> dict[str, Any]:
         where = f"limiters.{name}"
+        before = len(self._errors)
         settings = {}
         keys = [*(each for each in FIELDS if each != "name"), "shared"]
         for key, value in self._known(table, where, keys).items():
@@ -176,6 +177,12 @@ class _Reader:
             try:
                 settings[key] = load(key, value)
             except (TypeError, ValueError) as error:
+                self._errors.append(f"{self._file}: [{where}] {error}")
+        if len(self._errors) == before:
+            try:
+                Settings().evolve(settings)
+                check_limits(table, str, 'max_connections = "none"')
+            except ValueError as error:
                 self._errors.append(f"{self._file}: [{where}] {error}")
         return {**settings, "name": name}
 
@@ -279,7 +286,7 @@ class _Reader:
             return default
 
     def _wrong(self, where: str, key: str, right: str, value: object) -> None:
-        was = "and is missing" if value is None else f"not {value!r}"
+        was = "and is missing" if value is None else f"not {shown(value)}"
         self._errors.append(f"{self._file}: {_place(where)}{key} must be {right}, {was}")
 
 

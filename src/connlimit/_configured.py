@@ -18,18 +18,13 @@ from twisted.python.failure import Failure
 from connlimit import _systemd
 from connlimit._accepting import WatchedEndpoint
 from connlimit._config import Config, ServiceConfig, read
+from connlimit._endpoints import client_endpoint, server_endpoint
 from connlimit._factory import LimitingFactory
 from connlimit._forward import RelayFactory
 from connlimit._limiter import Limiter
 from connlimit._program import Program
 from connlimit._role import Alone
-from connlimit._serving import (
-    client_endpoint,
-    import_factory,
-    limited_plugin,
-    plugin_options,
-    server_endpoint,
-)
+from connlimit._serving import import_factory, limited_plugin, plugin_options
 from connlimit._settings import FIELDS, Settings
 from connlimit._sharing import shared_limits
 from connlimit._toml import ConfigError

@@ -4,6 +4,7 @@ The endpoint string ``connlimit:``, which puts a limiter before any other endpoi
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping, Sequence
 from typing import Any
 from weakref import WeakValueDictionary
@@ -11,16 +12,22 @@ from weakref import WeakValueDictionary
 from twisted.internet.endpoints import quoteStringArgument, serverFromString
 
 from connlimit._accepting import check_when_full
+from connlimit._endpoints import check_endpoint, why
 from connlimit._limiter import Limiter
 from connlimit._place import LimitingReactor, SocketLimitingEndpoint
 from connlimit._proxied import server_from_string
 from connlimit._service import LimitingEndpoint
-from connlimit._settings import FIELDS, Settings, parse
+from connlimit._settings import FIELDS, Settings, check_limits, did_you_mean, either, parse, shown
 from connlimit._sharing import shared_limits
-from connlimit.interfaces import ILimit
 
 # In a string a limiter's name is given as ``limiter``: ``name`` can be an argument of the inner endpoint.
 _SETTINGS = tuple(name for name in FIELDS if name != "name")
+
+# All that is ours in a string.
+_OURS = (*_SETTINGS, "limiter", "place", "when_full", "shared")
+
+# An argument that is as near as this to one of ours is a slip, whatever the inner endpoint would make of it.
+_SLIP = 0.85
 
 # Where the limiter stands: right before the protocol, inside TLS and the like, or next to the socket.
 _PLACES = ("protocol", "socket")
@@ -37,33 +44,41 @@ def from_arguments(
 
     Our settings are taken out by their names; all the rest is the inner endpoint's.
 
-    :raises ValueError: if a setting is wrong or the rest is no endpoint.
+    :raises ValueError: if a setting is wrong, nothing would be limited, or the rest is no endpoint.
     """
     inner = {key: str(value) for key, value in keywords.items()}
-    name = inner.pop("limiter", None)
-    place = inner.pop("place", "protocol")
-    if place not in _PLACES:
-        raise ValueError(f"connlimit endpoint: place must be {' or '.join(_PLACES)}, not {place!r}")
-    when_full = inner.pop("when_full", "refuse")
-    shared = inner.pop("shared", None)
-    texts = {key: inner.pop(key) for key in _SETTINGS if key in inner}
+    ours = {key: inner.pop(key) for key in _OURS if key in inner}
     try:
+        for key in inner:
+            if difflib.get_close_matches(key, _OURS, 1, _SLIP):
+                raise ValueError(f"it takes no {key}; {did_you_mean(key, _OURS)}")
+        place, when_full = ours.pop("place", "protocol"), ours.pop("when_full", "refuse")
+        if place not in _PLACES:
+            raise ValueError(f"place must be {either(_PLACES)}, not {place!r}")
         check_when_full(when_full)
-        values = parse(texts)
+        limiter = _limiter(ours)
+        description = _describe(positional, inner)
+        if place == "socket":
+            limiting = LimitingReactor(reactor, limiter)
+            return SocketLimitingEndpoint(_inner(limiting, description), limiter, when_full)
+        return LimitingEndpoint(_inner(reactor, description), limiter, when_full)
     except ValueError as error:
         raise ValueError(f"connlimit endpoint: {error}") from None
-    description = _describe(positional, inner)
-    limiter = _limiter(reactor, name, values, shared)
+
+
+def _inner(reactor: Any, description: str) -> Any:
+    """
+    The endpoint that ours is around.
+    """
+    make = serverFromString if isinstance(reactor, LimitingReactor) else server_from_string
     try:
-        if place == "socket":
-            inner_reactor = LimitingReactor(reactor, limiter)
-            return SocketLimitingEndpoint(serverFromString(inner_reactor, description), limiter, when_full)
-        return LimitingEndpoint(server_from_string(reactor, description), limiter, when_full)
+        endpoint = make(reactor, description)
+        check_endpoint(endpoint)
     except Exception as error:
         raise ValueError(
-            f"connlimit endpoint: {description!r} is no endpoint ({error}); "
-            f"connlimit itself takes {', '.join(_SETTINGS)}, limiter, place, when_full and shared"
+            f"{description!r} is no endpoint ({why(error)}); connlimit itself takes {', '.join(_OURS)}"
         ) from None
+    return endpoint
 
 
 def _describe(positional: Sequence[object], keywords: Mapping[str, str]) -> str:
@@ -82,30 +97,28 @@ def _quote(argument: str) -> str:
     return quoted.replace("=", r"\=")
 
 
-def _limiter(reactor: Any, name: str | None, values: Mapping[str, Any], shared: str | None) -> Limiter:
+def _limiter(ours: dict[str, str]) -> Limiter:
     """
-    A limiter of its own, or the one of that name.
+    A limiter of its own, or the one that is named.
 
     The first string that names it sets it up; others may repeat its settings.
     """
-    if name is None:
-        return Limiter(**values, limits=_shared(shared, values), clock=reactor)
-    limiter = _limiters.get(name)
-    if limiter is None:
-        values = {**values, "name": name}
-        limiter = _limiters[name] = Limiter(**values, limits=_shared(shared, values), clock=reactor)
-    for key, value in values.items():
-        existing = getattr(limiter, key)
-        if existing != value:
-            raise ValueError(
-                f"connlimit endpoint: {key} of limiter {name} is {existing} already, "
-                f"so it must be that or left out, not {value}"
-            )
+    name, shared = ours.pop("limiter", None), ours.pop("shared", None)
+    values = parse(ours)
+    existing = None if name is None else _limiters.get(name)
+    if existing is not None:
+        for key, value in values.items():
+            if getattr(existing, key) != value:
+                raise ValueError(
+                    f"{key} of limiter {name} is {shown(getattr(existing, key))} already, "
+                    f"so it must be that or left out, not {ours[key]!r}"
+                )
+        return existing
+    check_limits(ours if shared is None else {**ours, "shared": shared}, str, "max_connections=none")
+    if name is not None:
+        values["name"] = name
+    settings = Settings().evolve(values)
+    limiter = Limiter(**values, limits=shared_limits(shared, settings))
+    if name is not None:
+        _limiters[name] = limiter
     return limiter
-
-
-def _shared(url: str | None, values: Mapping[str, Any]) -> tuple[ILimit, ...]:
-    try:
-        return shared_limits(url, Settings().evolve(values))
-    except ValueError as error:
-        raise ValueError(f"connlimit endpoint: {error}") from None

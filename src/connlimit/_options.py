@@ -5,12 +5,13 @@ What the command lines of our programs have in common.
 from __future__ import annotations
 
 import math
+import re
 import sys
 
 from twisted.python import usage
 
 from connlimit._program import CannotStart
-from connlimit._settings import seconds
+from connlimit._settings import did_you_mean, seconds
 from connlimit._version import __version__
 
 
@@ -50,7 +51,35 @@ class ProgramOptions(usage.Options):
         try:
             super().parseOptions(options)
         except usage.UsageError as error:
-            raise CannotStart(f"{self.program}: {error}") from None
+            raise CannotStart(f"{self.program}: {self._explained(str(error))}") from None
+
+    def parseArgs(self, *arguments: str) -> None:
+        """
+        Demand that there is nothing but options.
+        """
+        if arguments:
+            raise usage.UsageError(f"{arguments[0]} is no option; options begin with --")
+
+    def _explained(self, sentence: str) -> str:
+        """
+        The sentence on what is wrong, with what may have been meant.
+        """
+        found = re.fullmatch(r"option --(.*) not recognized|Unknown command: (.*)", sentence)
+        if found is None:
+            return sentence
+        option, command = found.groups()
+        ours = [each.rstrip("=") for each in self.longOpt]
+        if command is not None:
+            sentence = f"there is no twistd plugin {command}"
+            hint = did_you_mean(command, [name for name, *_ in getattr(self, "subCommands", ())])
+        elif not hasattr(self, "subOptions"):
+            hint = did_you_mean(option, ours, lambda name: f"--{name}")
+        elif option in ours:
+            hint = f"it must stand before {self.subCommand}"
+        else:
+            theirs = [each.rstrip("=") for each in self.subOptions.longOpt]
+            hint = did_you_mean(option, theirs, lambda name: f"--{name}")
+        return f"{sentence}; {hint}" if hint else sentence
 
     def time(self, name: str) -> float:
         """

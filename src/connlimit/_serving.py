@@ -1,5 +1,5 @@
 """
-What can be limited, by its name: endpoints, factories, and other twistd plugins.
+What can be limited, by its name: factories, and other twistd plugins.
 """
 
 from __future__ import annotations
@@ -7,12 +7,11 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from twisted.application.internet import SSLServer, StreamServerEndpointService, TCPServer, UNIXServer
 from twisted.application.service import IService, IServiceCollection, IServiceMaker
-from twisted.internet.endpoints import clientFromString
 from twisted.internet.interfaces import IProtocolFactory
 from twisted.plugin import getPlugins
 from twisted.python import usage
@@ -21,42 +20,6 @@ from twisted.python.reflect import namedAny
 from connlimit._accepting import WatchedEndpoint
 from connlimit._factory import LimitingFactory
 from connlimit._limiter import Limiter
-from connlimit._proxied import server_from_string
-
-# More than any kernel holds: it takes its own maximum (somaxconn) instead.
-_BACKLOG = 65535
-
-
-def server_endpoint(reactor: Any, description: str, name: str = "--listen") -> Any:
-    """
-    The endpoint to listen at, with the longest backlog the kernel has, where it has one and none is given.
-
-    :raises ValueError: if the description describes none.
-    """
-    if "backlog=" not in description:
-        try:
-            return server_from_string(reactor, f"{description}:backlog={_BACKLOG}")
-        except Exception:  # whatever is wrong is found and told without the backlog
-            pass
-    return _endpoint(name, description, "tcp:8080", server_from_string, reactor)
-
-
-def _endpoint(option: str, description: str, example: str, make: Callable[..., Any], reactor: Any) -> Any:
-    try:
-        return make(reactor, description)
-    except Exception as error:
-        raise ValueError(
-            f"{option} must be an endpoint such as {example}, not {description!r} ({error})"
-        ) from None
-
-
-def client_endpoint(reactor: Any, description: str, name: str = "--forward") -> Any:
-    """
-    The endpoint of a server to relay to.
-
-    :raises ValueError: if the description describes none.
-    """
-    return _endpoint(name, description, "tcp:localhost:9000", clientFromString, reactor)
 
 
 def import_factory(name: str, option: str = "--factory") -> IProtocolFactory:

@@ -7,14 +7,16 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from datetime import date, time
+from ipaddress import ip_network
 from typing import Any, TypeVar
 
 import attrs
 
 from connlimit._line import ORDERS
 from connlimit._peers import exempt_or_none, prefix_lengths
-from connlimit.refusals import close, refusal_of, unescaped
+from connlimit.refusals import NAMED, close, refusal_of, unescaped
 
 C = TypeVar("C", bound=type)
 
@@ -24,21 +26,73 @@ class _Kind:
     """
     What values a setting may have, in code and as text.
 
-    :ivar right: the values that would be right, as the end of a sentence.
+    :ivar in_code: the values that would be right in code, as the end of a sentence.
+    :ivar in_text: the texts that would be right, likewise.
     :ivar convert: makes the setting's value of one that is given in code; TypeError or ValueError if that is
         impossible.
     :ivar parse: makes a value for *convert* of a text; ValueError if that is impossible.
+    :ivar hint: what may have been meant by a value that is wrong, as a question, or nothing.
     """
 
-    right: str
+    in_code: str
+    in_text: str
     convert: Callable[[Any], Any]
     parse: Callable[[str], Any]
+    hint: Callable[[Any], str] = lambda value: ""
 
     def wrong(self, name: str, value: object) -> str:
         """
-        The sentence that tells of a wrong value.
+        The sentence that tells of a wrong value in code.
         """
-        return f"{name} must be {self.right}, not {value!r}"
+        return f"{name} must be {self.in_code}, not {value!r}{self._question(value)}"
+
+    def wrong_text(self, name: str, value: object) -> str:
+        """
+        The sentence that tells of a wrong text, or of a wrong value in a file.
+        """
+        return f"{name} must be {self.in_text}, not {shown(value)}{self._question(value)}"
+
+    def _question(self, value: object) -> str:
+        hint = self.hint(value)
+        return f"; {hint}" if hint else ""
+
+
+def shown(value: object) -> str:
+    """
+    A value as a text or a file has it.
+    """
+    if value is None:
+        return "none"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{key} = {shown(each)}" for key, each in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(shown, value)) + "]"
+    if isinstance(value, bytes):
+        return repr(value.decode(errors="backslashreplace"))
+    if isinstance(value, tuple):
+        return ",".join(map(shown, value))
+    if isinstance(value, (date, time)):
+        return value.isoformat()
+    return repr(value)
+
+
+def did_you_mean(word: object, choices: Iterable[str], spell: Callable[[str], str] = str) -> str:
+    """
+    The question whether the nearest of some words was meant, or nothing if none is near.
+
+    :param spell: how the user spells it.
+    """
+    nearest = difflib.get_close_matches(word, list(choices), 1) if isinstance(word, str) else []
+    return f"did you mean {spell(nearest[0])}?" if nearest else ""
+
+
+def either(choices: Sequence[str]) -> str:
+    """
+    All choices, as the part of a sentence.
+    """
+    return f"{', '.join(choices[:-1])} or {choices[-1]}"
 
 
 def _number(
@@ -73,7 +127,8 @@ def _one_of(*choices: str) -> _Kind:
             raise ValueError
         return value
 
-    return _Kind(f"{', '.join(choices[:-1])} or {choices[-1]}", convert, str)
+    right = either(choices)
+    return _Kind(right, right, convert, str, lambda value: did_you_mean(value, choices))
 
 
 def _order(value: Any) -> Any:
@@ -84,7 +139,10 @@ def _order(value: Any) -> Any:
     return value
 
 
-_ORDER = attrs.evolve(_one_of(*ORDERS), convert=_order)
+_NAMED_ORDER = _one_of(*ORDERS)
+_ORDER = attrs.evolve(
+    _NAMED_ORDER, in_code=f"{_NAMED_ORDER.in_code}, or a callable that makes an order", convert=_order
+)
 
 
 def _flag(value: Any) -> bool:
@@ -113,6 +171,8 @@ def _notice(value: Any) -> Any:
         raise ValueError
     if not isinstance(what, bytes) and not callable(what):
         raise TypeError
+    if not what:
+        raise ValueError
     return after, what
 
 
@@ -120,7 +180,40 @@ def _parse_notice(text: str) -> Any:
     if text.lower() == "none":
         return None
     after, _, what = text.partition(" ")
-    return float(after), unescaped(what)
+    return seconds(after), unescaped(what)
+
+
+def _parse_networks(text: str) -> Any:
+    networks = [part.strip() for part in text.split(",") if part.strip()]
+    if not networks:
+        raise ValueError
+    return None if text.lower() == "none" else networks
+
+
+def _network_hint(value: Any) -> str:
+    """
+    Which network was meant, where an address within it was given.
+    """
+    for each in value.split(",") if isinstance(value, str) else value if isinstance(value, list) else []:
+        try:
+            network = ip_network(each.strip(), strict=False)
+        except (AttributeError, ValueError):
+            continue
+        if not _is_network(each.strip()):
+            return f"{each.strip()} has bits beyond its prefix, did you mean {network}?"
+    return ""
+
+
+def _is_network(text: str) -> bool:
+    try:
+        ip_network(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _refusal_hint(value: Any) -> str:
+    return did_you_mean(value, [*NAMED, "say TEXT"])
 
 
 def seconds(text: str) -> float:
@@ -143,40 +236,54 @@ def _seconds_or_none(text: str) -> float | None:
     return None if text.lower() == "none" else seconds(text)
 
 
-_COUNT = _Kind(
-    "a whole number, 0 or more, or None for no limit", *_number(int, fits=lambda value: value >= 0)
-)
-_SECONDS_OR_NONE = _Kind(
-    "a number of seconds above 0 (as text also 30s or 5min), or None for no limit",
-    _number(int, float, fits=_above_zero)[0],
-    _seconds_or_none,
-)
+def _with_none(right: str, checked: tuple[Callable[[Any], Any], Callable[[str], Any]]) -> _Kind:
+    return _Kind(f"{right}, or None for no limit", f"{right}, or none for no limit", *checked)
+
+
+_COUNT = _with_none("a whole number, 0 or more", _number(int, fits=lambda value: value >= 0))
+_COUNT_ABOVE_ZERO = _with_none("a whole number, 1 or more", _number(int, fits=lambda value: value >= 1))
 _SECONDS = _Kind(
-    "a number of seconds above 0 (as text also 30s or 5min)",
+    "a number of seconds above 0",
+    "a time above 0, such as 30, 500ms, 30s or 5min",
     _number(int, float, fits=_above_zero, optional=False)[0],
     seconds,
 )
-_RATE = _Kind("a number above 0, or None for no limit", *_number(int, float, fits=_above_zero))
-_FLAG = _Kind("True or False (as text: yes or no)", _flag, _parse_flag)
+_SECONDS_OR_NONE = _Kind(
+    f"{_SECONDS.in_code}, or None for no limit",
+    f"{_SECONDS.in_text}, or none for no limit",
+    _number(int, float, fits=_above_zero)[0],
+    _seconds_or_none,
+)
+_RATE = _with_none("a number above 0", _number(int, float, fits=_above_zero))
+_FLAG = _Kind("True or False", "yes or no, true or false", _flag, _parse_flag)
 _PREFIX = _Kind(
     "the prefix lengths of IPv4, 0 to 32, and IPv6, 0 to 128, such as (32, 64)",
+    "the prefix lengths of IPv4, 0 to 32, and IPv6, 0 to 128, such as 32,64",
     prefix_lengths,
     lambda text: tuple(int(part) for part in text.split(",")),
 )
 _EXEMPT = _Kind(
-    "IP networks, such as 127.0.0.0/8,::1, or a callable that is given an address",
+    "IP networks, such as ['127.0.0.0/8', '::1'], or a callable that is given an address",
+    "IP networks, such as 127.0.0.0/8,::1, or none",
     exempt_or_none,
-    lambda text: [part.strip() for part in text.split(",") if part.strip()],
+    _parse_networks,
+    _network_hint,
 )
+_REFUSALS = ", ".join(NAMED)
 _REFUSAL = _Kind(
-    "close, reset, the name of a protocol (http, smtp, ftp, …), 'say TEXT', an IRefusal or a factory",
+    f"{_REFUSALS}, 'say TEXT', an IRefusal or a protocol factory",
+    f"{_REFUSALS}, or 'say TEXT'",
     refusal_of,
     str,
+    _refusal_hint,
 )
 _NOTICE = _Kind(
-    "seconds above 0 and what is said then, such as (5, b'please wait'), or None", _notice, _parse_notice
+    "seconds above 0 and what is said then, such as (5, b'please wait'), or None",
+    "a time above 0 and what is said then, such as '5s please wait', or none",
+    _notice,
+    _parse_notice,
 )
-_NAME = _Kind("a text of at least one character", _name, str)
+_NAME = _Kind("a text of at least one character", "a text of at least one character", _name, str)
 
 
 def _setting(default: Any, kind: _Kind, unit: str, help: str) -> Any:
@@ -193,7 +300,7 @@ class Settings:
         None, _COUNT, "connections", "how many connections are served at once"
     )
     max_per_peer: int | None = _setting(
-        None, _COUNT, "connections", "how many connections of one peer are served at once"
+        None, _COUNT_ABOVE_ZERO, "connections", "how many connections of one peer are served at once"
     )
     peer_prefix: tuple[int, int] = _setting(
         (32, 64), _PREFIX, "bits, bits", "how much of an IPv4 and of an IPv6 address makes a peer"
@@ -209,7 +316,7 @@ class Settings:
     )
     max_burst: int | None = _setting(
         None,
-        _COUNT,
+        _COUNT_ABOVE_ZERO,
         "connections",
         "how many of these may begin at once; None: as many as in a second, at least 1",
     )
@@ -248,23 +355,47 @@ class Settings:
     )
     name: str = _setting("default", _NAME, "", "what the limiter is called in logs and metrics")
 
-    def evolve(self, changes: Mapping[str, Any]) -> Settings:
+    def evolve(self, changes: Mapping[str, Any], spell: Callable[[str], str] = str) -> Settings:
         """
         These settings with some of them changed.
 
+        :param spell: how the user spells a setting's name.
         :raises TypeError: for an unknown setting or a value of a wrong type.
-        :raises ValueError: for a wrong value.
+        :raises ValueError: for a wrong value, or one that needs another setting.
         """
-        return attrs.evolve(self, **{name: _converted(name, value) for name, value in changes.items()})
+        new = attrs.evolve(self, **{name: _converted(name, value) for name, value in changes.items()})
+        if new.max_burst is not None and new.max_rate is None:
+            raise ValueError(f"{spell('max_burst')} needs {spell('max_rate')}, how many begin in a second")
+        return new
 
 
 FIELDS: Mapping[str, attrs.Attribute[Any]] = attrs.fields_dict(Settings)
 
 
+#: The settings that limit. In code a limiter without any only counts; wherever else, that is a slip.
+LIMITS = ("max_connections", "max_per_peer", "max_rate")
+
+
+def check_limits(given: Container[str], spell: Callable[[str], str], none: str) -> None:
+    """
+    See to it that something would be limited.
+
+    :param given: the names of what was given, ``shared`` among them.
+    :param spell: how the user spells a name.
+    :param none: how the user says that nothing is to be limited.
+    :raises ValueError: if nothing is, and that was not said.
+    """
+    names = (*LIMITS, "shared")
+    if not any(name in given for name in names):
+        raise ValueError(
+            f"nothing would be limited: give {either([spell(name) for name in names])}, "
+            f"or {none} if everybody is to be served and only counted"
+        )
+
+
 def _converted(name: str, value: Any) -> Any:
     if name not in FIELDS:
-        nearest = difflib.get_close_matches(name, FIELDS, 1)
-        hint = f"did you mean {nearest[0]}?" if nearest else f"there are {', '.join(FIELDS)}"
+        hint = did_you_mean(name, FIELDS) or f"there are {', '.join(FIELDS)}"
         raise TypeError(f"{name} is not a setting; {hint}")
     kind: _Kind = FIELDS[name].metadata["kind"]
     try:
@@ -287,7 +418,7 @@ def parse(texts: Mapping[str, str], spell: Callable[[str], str] = str) -> dict[s
         try:
             values[name] = kind.convert(kind.parse(text))
         except (KeyError, TypeError, ValueError):
-            raise ValueError(kind.wrong(spell(name), text)) from None
+            raise ValueError(kind.wrong_text(spell(name), text)) from None
     return values
 
 
@@ -303,14 +434,12 @@ def load(name: str, value: Any) -> Any:
     try:
         if isinstance(value, str):
             given = kind.parse(value)
-        elif isinstance(value, list):
-            # The only texts that are bytes in code are what is said to clients.
-            given = [
-                unescaped(each) if name == "notice" and isinstance(each, str) else each for each in value
-            ]
+        elif name == "notice" and isinstance(value, list):
+            after, what = value
+            given = seconds(after) if isinstance(after, str) else after, unescaped(what)
         return kind.convert(given)
-    except (KeyError, TypeError, ValueError):
-        raise ValueError(kind.wrong(name, value)) from None
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise ValueError(kind.wrong_text(name, value)) from None
 
 
 def adjustable(cls: C) -> C:

@@ -14,14 +14,15 @@ from connlimit import _demonstration
 from connlimit._accepting import check_when_full
 from connlimit._config import MOST_PROCESSES, read
 from connlimit._configured import ConfiguredProgram, check
+from connlimit._endpoints import client_endpoint, server_endpoint
 from connlimit._forward import RelayFactory
 from connlimit._options import ProgramOptions
 from connlimit._processes import Parent
 from connlimit._program import CannotStart, Program
 from connlimit._role import Alone
 from connlimit._service import LimitedService
-from connlimit._serving import client_endpoint, import_factory, limited_plugin, plugins, server_endpoint
-from connlimit._settings import FIELDS, Settings, parse
+from connlimit._serving import import_factory, limited_plugin, plugins
+from connlimit._settings import FIELDS, Settings, check_limits, parse
 from connlimit._sharing import shared_limits
 from connlimit._toml import ConfigError
 from connlimit.status import status_service
@@ -108,24 +109,24 @@ class Options(ProgramOptions):
         """
         Check everything that can be checked before anything is started.
         """
-        if self["config"]:
+        if self["config"] is not None:
             self._read_config()
             return
         if self["check-config"]:
             raise usage.UsageError("--check-config needs --config FILE")
-        given = {name: self[name.replace("_", "-")] for name in FIELDS}
+        texts = {name: self[name.replace("_", "-")] for name in FIELDS}
+        given = {name: text for name, text in texts.items() if text is not None}
         try:
             self["drain"] = self.time("drain-timeout")
             check_when_full(self["when-full"], "--when-full")
-            self["settings"] = parse({k: v for k, v in given.items() if v is not None}, _spell)
-            shared_limits(
-                self["shared"], Settings().evolve(self["settings"]), _spell
-            )  # whether it can be made
+            self["settings"] = parse(given, _spell)
+            settings = Settings().evolve(self["settings"], _spell)
+            shared_limits(self["shared"], settings, _spell)  # whether it can be made
             self["processes"] = self.count("processes", MOST_PROCESSES)
         except ValueError as error:
             raise usage.UsageError(str(error)) from None
 
-        targets = [f"--{name}" for name in ("forward", "factory") if self[name]]
+        targets = [f"--{name}" for name in ("forward", "factory") if self[name] is not None]
         if self.subCommand:
             targets.append(self.subCommand)
             if self["listen"]:
@@ -138,7 +139,8 @@ class Options(ProgramOptions):
             self["settings"].setdefault("max_connections", _demonstration.MAX_CONNECTIONS)
             if not self["listen"]:
                 self["listen"] = [_demonstration.LISTEN]
-                self["status"] = self["status"] or _demonstration.STATUS
+                if self["status"] is None:
+                    self["status"] = _demonstration.STATUS
         elif not self.subCommand and not self["listen"]:
             raise usage.UsageError(f"{targets[0]} needs --listen, such as --listen tcp:8080")
 
@@ -146,13 +148,16 @@ class Options(ProgramOptions):
 
         try:
             self["endpoints"] = [server_endpoint(reactor, each) for each in self["listen"]]
-            if self["forward"]:
+            if self["forward"] is not None:
                 self["backend"] = client_endpoint(reactor, self["forward"])
-            if self["factory"]:
+            if self["factory"] is not None:
                 self["served"] = import_factory(self["factory"])
             self["status-endpoint"] = (
-                server_endpoint(reactor, self["status"], "--status") if self["status"] else None
+                None if self["status"] is None else server_endpoint(reactor, self["status"], "--status")
             )
+            if targets:
+                shared = {} if self["shared"] is None else {"shared": self["shared"]}
+                check_limits(given | shared, _spell, "--max-connections none")
         except ValueError as error:
             raise usage.UsageError(str(error)) from None
 
@@ -194,9 +199,9 @@ def makeService(options: Options, role: Alone | None = None) -> Program:
     from twisted.internet import reactor
 
     if role is None:
-        processes = options["loaded"].processes if options["config"] else options["processes"]
+        processes = options["processes"] if options["config"] is None else options["loaded"].processes
         role = Alone() if processes == 1 else Parent(processes, options.arguments, reactor)
-    if options["config"]:
+    if options["config"] is not None:
         return ConfiguredProgram(Path(options["config"]), options["loaded"], options["parts"], reactor, role)
     limiter = role.limiter(options["settings"], options["shared"])
     program = Program(options["drain"], bool(options["log-connections"]), role)
@@ -209,9 +214,9 @@ def makeService(options: Options, role: Alone | None = None) -> Program:
             raise CannotStart(f"connlimit: {error}") from None
         role.plugin(inner).setServiceParent(program)
     else:
-        if options["forward"]:
+        if options["forward"] is not None:
             factory: Any = RelayFactory(options["backend"], options["forward"])
-        elif options["factory"]:
+        elif options["factory"] is not None:
             factory = options["served"]
         else:
             factory = _demonstration.site(limiter, reactor)

@@ -283,7 +283,7 @@ def refusal_of(value: Any) -> Any:
     :raises ValueError: if no refusal is called so.
     """
     if isinstance(value, str):
-        if value.startswith("say "):
+        if value.startswith("say ") and value[4:]:
             return Say(unescaped(value[4:]))
         if value not in NAMED:
             raise ValueError

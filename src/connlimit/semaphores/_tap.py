@@ -10,9 +10,9 @@ from typing import Any
 from twisted.python import usage
 
 from connlimit import _descriptors
+from connlimit._endpoints import server_endpoint
 from connlimit._options import ProgramOptions
 from connlimit._program import CannotStart, Program
-from connlimit._serving import server_endpoint
 from connlimit._sharing import renamed
 from connlimit._toml import ConfigError
 from connlimit.semaphores._config import read
