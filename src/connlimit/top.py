@@ -6,11 +6,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
+import os
 import sys
 import time
 from collections.abc import Sequence
+from http.client import HTTPException
 from typing import Any
-from urllib.error import URLError
+from urllib.error import HTTPError
 from urllib.request import urlopen
 
 from connlimit._version import __version__
@@ -25,31 +28,61 @@ def main(arguments: Sequence[str] | None = None) -> int:
     :return: the exit code.
     """
     parser = argparse.ArgumentParser(prog="connlimit-top", description=__doc__)
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     parser.add_argument("url", help="that of a status page, such as http://127.0.0.1:8081/")
     parser.add_argument("--once", action="store_true", help="show it once")
     parser.add_argument("--json", action="store_true", help="show it as JSON, a line each time")
-    parser.add_argument("--interval", type=float, default=1.0, metavar="SECONDS", help="between two looks")
-    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    parser.add_argument(
+        "--interval", type=_interval, default=1.0, metavar="SECONDS", help="between two looks (default: 1)"
+    )
     options = parser.parse_args(arguments)
+    try:
+        return _show(options)
+    except KeyboardInterrupt:
+        return 0
+    except BrokenPipeError:
+        # Nobody reads any more; what is left must not be written when Python ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _show(options: argparse.Namespace) -> int:
     clear = "" if options.once or options.json or not sys.stdout.isatty() else "\x1b[H\x1b[J"
+    has_answered, is_waiting = False, False
     while True:
         try:
             state = fetch(options.url)
-        except (URLError, OSError, ValueError) as error:
-            print(
-                f"{clear}connlimit-top: URL must be that of a status page, not {options.url!r}: {error}",
-                file=sys.stderr,
-            )
-            if options.once:
+        except (OSError, ValueError, HTTPException) as error:
+            is_wrong = isinstance(error, (HTTPError, ValueError)) and not has_answered
+            if options.once or is_wrong:
+                _say(f"URL must be that of a status page, not {options.url!r}: {error}")
                 return 1
+            if not is_waiting:
+                is_waiting = True
+                _say(f"no answer from {options.url}: {error}; trying again")
         else:
+            if is_waiting:
+                is_waiting = False
+                _say(f"{options.url} answers")
+            has_answered = True
             print(clear + (json.dumps(state) if options.json else "\n".join(lines(state))), flush=True)
             if options.once:
                 return 0
-        try:
-            time.sleep(options.interval)
-        except KeyboardInterrupt:
-            return 0
+        time.sleep(options.interval)
+
+
+def _say(what: str) -> None:
+    print(f"connlimit-top: {_printable(what)}", file=sys.stderr)
+
+
+def _interval(text: str) -> float:
+    try:
+        value = float(text)
+        if 0 < value < math.inf:
+            return value
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"must be a number of seconds above 0, not {text!r}")
 
 
 def fetch(url: str) -> dict[str, Any]:
@@ -90,7 +123,8 @@ def lines(state: dict[str, Any]) -> list[str]:
     descriptors = state["descriptors"]
     shown.append(
         f"descriptors {descriptors['open']} of {descriptors['limit']}   "
-        f"reactor lag {state['reactor_lag'] * 1000:.0f} ms"
+        f"reactor lag {state['reactor_lag'] * 1000:.0f} ms   "
+        f"connlimit {_printable(str(state.get('version', '')))}"
     )
     return shown
 
