@@ -7,6 +7,7 @@ from __future__ import annotations
 import gc
 import socket
 import struct
+import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -366,3 +367,51 @@ async def test_a_tls_handshake_that_comes_to_nothing_loses_no_slot(
             else:
                 await client.close()
         await free_within_a_second(limiter)
+
+
+@implementer(IHalfCloseableProtocol)
+class AnsweringLate(Protocol):
+    """
+    Answers at length when its client has said all, closes its direction, and leaves the rest to the kernel.
+    """
+
+    answer = b"0123456789abcdef" * 262144
+
+    def readConnectionLost(self) -> None:
+        self.transport.write(self.answer)
+        self.transport.loseWriteConnection()
+
+    def writeConnectionLost(self) -> None: ...
+
+
+@pytest.mark.parametrize("where", ["tcp", "unix"])
+@ensureDeferred
+async def test_an_answer_between_closed_directions_is_not_cut_off_and_its_slot_is_free_then(
+    where: str, tmp_path: Path
+) -> None:
+    limiter = Limiter(1)
+    where = f"unix:{tmp_path / 'socket'}" if where == "unix" else "tcp:0:interface=127.0.0.1"
+    async with listening(limiter, where, Factory.forProtocol(AnsweringLate)) as (_, where):
+        if where.startswith("unix:"):
+            client = socket.socket(socket.AF_UNIX)
+            client.connect(where.removeprefix("unix:"))
+        else:
+            client = socket.create_connection(("127.0.0.1", port_of(where)))
+        client.shutdown(socket.SHUT_WR)
+        other = await connected(where)
+        await until(lambda: limiter.waiting == 1)
+
+        def read_slowly() -> bytes:
+            received, has_slept = bytearray(), False
+            while chunk := client.recv(65536):
+                received += chunk
+                if len(received) > len(AnsweringLate.answer) - 2_000_000 and not has_slept:
+                    has_slept = True
+                    time.sleep(2.5)  # longer than from one look to the next
+            return bytes(received)
+
+        assert await patiently(deferToThread(read_slowly)) == AnsweringLate.answer
+        client.close()
+        await until(lambda: limiter.waiting == 0)
+        assert limiter.snapshot().finished == 1
+        await other.close()

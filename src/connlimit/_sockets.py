@@ -57,7 +57,8 @@ def is_dead(transport: Any) -> bool:
     """
     Whether the socket under a transport is closed, or was reset or closed by its peer for good.
 
-    A peer that has closed its direction alone may still be served, so that does not count.
+    A peer that has closed its direction alone may still be served, so that does not count; nor does a socket
+    with both directions closed, as long as the kernel delivers what was written before.
     """
     transport = lowest(transport)
     sock = getattr(transport, "socket", None)
@@ -75,7 +76,12 @@ def is_dead(transport: Any) -> bool:
     events = sum(event for _, event in poll.poll(0))
     if events & (select.POLLERR | select.POLLNVAL):
         return True
-    return bool(events & select.POLLHUP) and not unread(sock.fileno())
+    if not events & select.POLLHUP or unread(sock.fileno()):
+        return False
+    if sock.family not in (socket.AF_INET, socket.AF_INET6):
+        return True
+    info = _tcp_info(sock)
+    return info is not None and info[_STATE] == _CLOSE
 
 
 def unread(descriptor: int) -> bool:
