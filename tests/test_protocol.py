@@ -5,6 +5,7 @@ One connection's life, in every order of events.
 from __future__ import annotations
 
 from fakes import ApplicationError, FakeConnection, RecordingFactory, RecordingProtocol
+from support import Log
 from test_limiter import LimiterTestCase
 from twisted.internet.interfaces import (
     IFileDescriptorReceiver,
@@ -52,6 +53,17 @@ class WaitingTests(LimiterTestCase):
         client.send(b"three")
         self.serve()
         self.assertEqual(self.server.events, ["made", b"one", b"two", b"three"])
+
+    def test_a_transport_that_goes_on_delivering_is_ended(self) -> None:
+        with Log() as log:
+            for _ in range(3):
+                client = self.wait()
+                while not client.closed:
+                    client.deliver_although_paused(b"x" * 65536)
+                    self.turn()
+                    self.assertLess(sum(map(len, client.protocol.wrappedProtocol.kept)), 5_000_000)
+                self.assert_counts(waiting=0, departed=1)
+        self.assertEqual(len(log.warnings()), 3)  # one for each factory
 
     def test_no_protocol_is_built_before_its_turn(self) -> None:
         self.wait()

@@ -12,6 +12,7 @@ import smtplib
 import socket
 import ssl
 import subprocess
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -20,15 +21,18 @@ import pytest
 from fakes import ApplicationError, RecordingFactory
 from pytest_twisted import ensureDeferred
 from sockets import Client, connected, listening, patiently, until, wrap_server_tls
-from support import PATIENCE, read_all, require_program
+from support import PATIENCE, Log, read_all, require_program
 from twisted.internet import reactor
 from twisted.internet.endpoints import serverFromString
 from twisted.internet.protocol import Factory, Protocol
+from twisted.internet.testing import StringTransport
 from twisted.internet.threads import deferToThread
+from twisted.logger import Logger
 from zope.interface import implementer
 from zope.interface.verify import verifyObject
 
 from connlimit import Limiter, _descriptors, _refusing, refusals
+from connlimit._system.bounded_log import BoundedLog
 from connlimit.interfaces import IRefusal
 
 
@@ -318,6 +322,72 @@ async def test_a_drained_line_is_told() -> None:
         limiter.drain()
         await client.is_closed()
         assert client.received == b"421 4.3.2 Shutting down, try again later\r\n"
+
+
+def spoken_to(name: str, *chunks: bytes) -> bytes:
+    """
+    What a refusal says to a client that sends this.
+    """
+    protocol = refusals.NAMED[name].build_protocol(None, "full", 1)
+    transport = StringTransport()
+    protocol.makeConnection(transport)
+    for chunk in chunks:
+        protocol.dataReceived(chunk)
+    return transport.value()
+
+
+SSL_REQUEST = bytes.fromhex("0000000804d2162f")
+GSS_REQUEST = bytes.fromhex("0000000804d21630")
+
+
+def test_postgresql_clients_may_ask_for_each_encryption_once() -> None:
+    start = b"\0\0\0\x09\0\3\0\0\0"
+    for asks in ([SSL_REQUEST], [GSS_REQUEST], [SSL_REQUEST, GSS_REQUEST], [GSS_REQUEST, SSL_REQUEST]):
+        said = spoken_to("postgresql", *asks, start)
+        assert said.startswith(b"N" * len(asks) + b"E")
+        assert said == spoken_to("postgresql", b"".join(asks) + start)
+        assert spoken_to("postgresql", *asks) == b"N" * len(asks)
+    assert spoken_to("postgresql", SSL_REQUEST, SSL_REQUEST).startswith(b"NE")
+
+
+@pytest.mark.parametrize("name", ["postgresql", "http"])
+def test_an_opening_may_come_in_pieces(name: str) -> None:
+    opening = SSL_REQUEST + GSS_REQUEST + SSL_REQUEST if name == "postgresql" else b"PRI * HTTP/2.0\r\n\r\n"
+    pieces = [opening[at : at + 1] for at in range(len(opening))]
+    assert spoken_to(name, *pieces) == spoken_to(name, opening)
+
+
+@pytest.mark.parametrize("name", CLIENTS)
+def test_what_a_client_sends_costs_next_to_nothing(name: str) -> None:
+    flood = SSL_REQUEST * 100_000
+    began = time.process_time()
+    said = spoken_to(name, *[flood] * 3)
+    assert time.process_time() - began < 1
+    assert len(said) < 1000
+
+
+@pytest.mark.parametrize("method", ["connectionMade", "dataReceived", "connectionLost"])
+@ensureDeferred
+async def test_a_refusal_that_fails_while_it_speaks_is_ended_and_does_not_fill_the_log(
+    method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: object) -> None:
+        raise ApplicationError
+
+    Failing = type("Failing", (Protocol,), {method: fail})
+    monkeypatch.setattr(_refusing, "_log", BoundedLog(Logger()))
+    with Log() as log:
+        async with full(Factory.forProtocol(Failing)) as (limiter, port):
+            for number in range(5):
+                client = await connected(f"tcp:127.0.0.1:{port}")
+                client.transport.write(b"hello")
+                await until(lambda number=number: limiter.snapshot().refused["full"] == number + 1)
+                if method == "connectionLost":
+                    await client.close()
+                else:
+                    await client.is_closed()
+            await until(lambda: _descriptors.REFUSALS.taken == 0)
+    assert len([event for event in log.events if "log_failure" in event]) == 1
 
 
 @implementer(IRefusal)

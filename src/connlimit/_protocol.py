@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 
 _GRACE = 5.0  # seconds
 
+#: How many pieces are kept that a transport delivers although it is paused.
+_MOST_KEPT = 64
+
 _set_class = object.__dict__["__class__"].__set__
 
 
@@ -383,6 +386,12 @@ class WaitingProtocol:  # type: ignore[misc]  # connectionMade is for makeConnec
     def dataReceived(self, data: bytes) -> None:
         # Seldom, and never more than twice: what TLS had decrypted already.
         self.kept += (data,)
+        if len(self.kept) > _MOST_KEPT:
+            self.connection.factory.connection_log.warn(
+                "{transport} delivers without end while it is paused; ended",
+                transport=self.connection.transport,
+            )
+            self.client_departed()
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:
         self.stop_watching()

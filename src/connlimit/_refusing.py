@@ -51,17 +51,27 @@ class _Refusing(Protocol):
     def connectionMade(self) -> None:
         _descriptors.REFUSALS.taken += 1
         self._timer = self._limiter.clock.callLater(LINGER, self._abort)
-        self._protocol.makeConnection(self.transport)
+        self._call("makeConnection", self.transport)
 
     def dataReceived(self, data: bytes) -> None:
-        self._protocol.dataReceived(data)
+        self._call("dataReceived", data)
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:
         _descriptors.REFUSALS.taken -= 1
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        self._protocol.connectionLost(reason)
+        self._call("connectionLost", reason)
+
+    def _call(self, method: str, argument: Any) -> None:
+        """
+        Tell the refusal's protocol of an event, and abort the connection if that fails.
+        """
+        try:
+            getattr(self._protocol, method)(argument)
+        except Exception:
+            _log.failure("{protocol} failed to refuse a client", protocol=self._protocol)
+            abort(self.transport)
 
     def _abort(self) -> None:
         self._timer = None

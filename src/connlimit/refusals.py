@@ -123,20 +123,22 @@ class Speaking(Protocol):
 
 class _SpeakingPostgreSQL(Speaking):
     """
-    Says no to encryption as often as it is asked for, and answers what the client sends then.
+    Says no to encryption, of each kind once, and answers what the client sends then.
     """
 
     #: SSLRequest and GSSENCRequest (PostgreSQL, "Message Formats").
     ASKS = tuple((8).to_bytes(4, "big") + code.to_bytes(4, "big") for code in (80877103, 80877104))
 
-    def dataReceived(self, data: bytes) -> None:
-        if self.answer is None:
-            return
-        self.received += data
-        while self.received[:8] in self.ASKS:
+    def __init__(self, answer: Callable[[bytes], bytes | None]) -> None:
+        super().__init__(answer)
+        self._asks = set(self.ASKS)
+
+    def _speak(self) -> None:
+        while (ask := self.received[:8]) in self._asks:
+            self._asks.remove(ask)
             self.received = self.received[8:]
             self.transport.write(b"N")
-        self._speak()
+        super()._speak()
 
 
 @implementer(IRefusal)
@@ -201,9 +203,9 @@ class FromFactory:
 
 def _http(words: str, retry_after: int, received: bytes) -> bytes | None:
     # An answer before the request is taken for one to the request before, or for noise.
-    if not received:
+    if _HTTP2.startswith(received):
         return None
-    if received.startswith(b"PRI * HTTP/2"):
+    if received.startswith(_HTTP2):
         return _http2(retry_after)
     body = f"{words}.\n".encode()
     return b"\r\n".join(
@@ -217,6 +219,9 @@ def _http(words: str, retry_after: int, received: bytes) -> bytes | None:
             body,
         ]
     )
+
+
+_HTTP2 = b"PRI * HTTP/2."
 
 
 def _http2(retry_after: int) -> bytes:
@@ -247,7 +252,7 @@ def _mysql(words: str, retry_after: int, received: bytes) -> bytes:
 
 
 def _postgresql(words: str, retry_after: int, received: bytes) -> bytes | None:
-    if not received:
+    if len(received) < 8:  # as long as every opening is
         return None
     fields = {"S": "FATAL", "V": "FATAL", "C": "53300", "M": words}
     payload = b"".join(f"{key}{value}\0".encode() for key, value in fields.items()) + b"\0"
