@@ -70,6 +70,7 @@ class WatchedEndpoint:
 
     def _watch(self, port: Any) -> Any:
         if hasattr(port, "socket"):
+            self.limiter.run_in(port.reactor)
             if self.when_full == "stop-accepting" and IReadDescriptor.providedBy(port):
                 self.limiter.add_port(_StoppingPort(self.limiter, port))
             else:

@@ -56,7 +56,7 @@ def from_arguments(
         if place not in _PLACES:
             raise ValueError(f"place must be {either(_PLACES)}, not {place!r}")
         check_when_full(when_full)
-        limiter = _limiter(ours)
+        limiter = _limiter(reactor, ours)
         description = _describe(positional, inner)
         if place == "socket":
             limiting = LimitingReactor(reactor, limiter)
@@ -97,7 +97,7 @@ def _quote(argument: str) -> str:
     return quoted.replace("=", r"\=")
 
 
-def _limiter(ours: dict[str, str]) -> Limiter:
+def _limiter(reactor: Any, ours: dict[str, str]) -> Limiter:
     """
     A limiter of its own, or the one that is named.
 
@@ -118,7 +118,7 @@ def _limiter(ours: dict[str, str]) -> Limiter:
     if name is not None:
         values["name"] = name
     settings = Settings().evolve(values)
-    limiter = Limiter(**values, limits=shared_limits(shared, settings))
+    limiter = Limiter(**values, limits=shared_limits(shared, settings), clock=reactor)
     if name is not None:
         _limiters[name] = limiter
     return limiter

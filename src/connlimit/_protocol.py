@@ -372,7 +372,9 @@ class WaitingProtocol:  # type: ignore[misc]  # connectionMade is for makeConnec
         sock = _sockets.socket_of(transport)
         if sock is not None:
             self._descriptor = sock.fileno()
-            self._departures = _departures.of(_sockets.lowest(transport).reactor)
+            reactor = _sockets.lowest(transport).reactor
+            connection.factory.limiter.run_in(reactor)
+            self._departures = _departures.of(reactor)
             self._departures.watch(self._descriptor, self)
             if isinstance(connection.address, UNIXPeer):
                 pass
