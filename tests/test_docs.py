@@ -180,8 +180,8 @@ TCP4ServerEndpoint.__init__.__defaults__ = (50, "127.0.0.1")
 EPILOGUE = """
 from twisted.internet.address import IPv4Address
 from connlimit._inert import Inert
-from connlimit._line import Line
-line = Line(OfficeFirst(None, None))
+from connlimit._line import Guarded, Line
+line = Line(Guarded(OfficeFirst(None, None)), lambda key: True)
 waiting = [Inert(IPv4Address("TCP", host, 1)) for host in ("192.0.2.1", "10.0.0.1", "192.0.2.2", "10.0.0.2")]
 for now, each in enumerate(waiting):
     line.add(each, now)

@@ -6,11 +6,14 @@ from __future__ import annotations
 
 import gc
 import sys
+import weakref
 from collections.abc import Callable
 
+import attrs
 import pytest
 from fakes import ApplicationError, FakeConnection, RecordingFactory
 from support import Log
+from twisted.internet.address import IPv4Address
 from twisted.internet.task import Clock
 from twisted.trial.unittest import SynchronousTestCase
 from zope.interface import implementer
@@ -18,10 +21,10 @@ from zope.interface.verify import verifyObject
 
 from connlimit import Limiter, LimitingFactory, _descriptors
 from connlimit._inert import Inert
-from connlimit._line import Fair
+from connlimit._line import Fair, Fifo
 from connlimit._settings import FIELDS, Settings
 from connlimit.interfaces import IConnection, ILimit, ILimiterObserver, IRefusingLimit
-from connlimit.limits import PerKey
+from connlimit.limits import PerKey, PerPeer, Total
 from connlimit.observers import LimiterObserver
 from connlimit.refusals import Say
 
@@ -262,18 +265,6 @@ class LineTests(LimiterTestCase):
         self.clock.advance(1000)
         self.assertFalse(waiting.disconnecting)
 
-    def test_another_clock_lets_those_who_wait_keep_the_time_they_have_waited(self) -> None:
-        limiter = self.limited(1, wait_timeout=10)
-        waiting = self.connect(2)[1]
-        self.clock.advance(6)
-        old, new = self.clock, Clock()
-        new.advance(1000)
-        limiter.clock = new
-        self.assertEqual(old.getDelayedCalls(), [])
-        self.assertEqual(limiter.snapshot().longest_wait, 6)
-        new.advance(4)
-        self.assertTrue(waiting.disconnecting)
-
     def test_clients_whose_descriptors_would_be_missed_are_refused(self) -> None:
         self.limited(1)
         self.patch(_descriptors, "left_for_waiting", lambda kept: False)
@@ -394,8 +385,10 @@ class SettingsTests(LimiterTestCase):
             if name in FIELDS:
                 with self.subTest(settings), pytest.raises(error, match=name):
                     setattr(Limiter(), name, settings[name])
-        with pytest.raises(TypeError, match="clock"):
-            Limiter().clock = "now"
+
+    def test_a_name_that_is_no_setting_cannot_be_set(self) -> None:
+        with pytest.raises(AttributeError, match="max_conections"):
+            Limiter().max_conections = 50
         with pytest.raises(TypeError, match="max_conections is not a setting; did you mean max_connections"):
             Limiter().reconfigure(max_conections=1)
 
@@ -416,10 +409,9 @@ class SettingsTests(LimiterTestCase):
             (5, 7, 3.5, "mail"),
         )
 
-    def test_the_reactor_is_the_clock_if_none_is_given(self) -> None:
-        from twisted.internet import reactor
-
-        self.assertIs(Limiter().clock, reactor)
+    def test_the_clock_that_is_given_is_the_one_that_is_asked(self) -> None:
+        clock = Clock()
+        self.assertIs(Limiter(clock=clock).clock, clock)
 
     def test_it_shows_what_it_holds(self) -> None:
         self.limited(2, name="web")
@@ -853,6 +845,151 @@ class PeerTests(LimiterTestCase):
         self.assertEqual(self.served(), [0, 1, 2, 3])
 
 
+class KeyTests(LimiterTestCase):
+    """
+    Several limits by keys at once, and keys that cannot be found.
+    """
+
+    def by(self, keys: dict[int, object]) -> Callable[[object], object]:
+        return lambda address: keys[address.port - 10000]
+
+    def test_who_steps_aside_for_another_key_leaves_the_room_to_the_next_of_its_first(self) -> None:
+        by_colour = PerKey(1, self.by({0: "red", 1: "blue", 2: "red", 3: "red", 4: "blue", 5: "green"}))
+        self.limited(10, max_per_peer=1, limits=[by_colour])
+        red_and_blue = [
+            self.connect(1, host="10.0.0.1")[0],  # holds peer 1 and red
+            self.connect(1, host="10.0.0.2")[0],  # holds peer 2 and blue
+        ]
+        self.connect(1, host="10.0.0.2")  # 2: lacks peer 2, then red
+        self.connect(1, host="10.0.0.3")  # 3: lacks red
+        self.connect(1, host="10.0.0.2")  # 4: lacks peer 2, then blue
+        self.connect(1, host="10.0.0.2")  # 5: lacks peer 2 alone
+        self.assertEqual(self.served(), [0, 1])
+        self.close(red_and_blue[1])
+        # Peer 2 and blue are free: 2 would be first, but red is held.
+        self.assertEqual(self.served(), [0, 1, 4])
+        self.close(red_and_blue[0])
+        self.assertEqual(self.served(), [0, 1, 4, 3])
+        self.close(self.clients[4])
+        self.assertEqual(self.served(), [0, 1, 4, 3, 5])
+        self.close(self.clients[5])
+        self.close(self.clients[3])
+        self.assertEqual(self.served(), [0, 1, 4, 3, 5, 2])
+        self.assert_counts(active=1, waiting=0)
+
+    def test_a_key_that_cannot_be_found_makes_a_client_of_its_own(self) -> None:
+        def country_of(address: object) -> str:
+            return {"10.0.0.1": "ch", "10.0.0.2": "at"}[address.host]
+
+        self.limited(10, limits=[PerKey(1, country_of)])
+        self.connect(2, host="10.0.0.1")
+        self.connect(2, host="10.0.0.9")
+        self.connect(1, host="10.0.0.2")
+        self.assertEqual(self.served(), [0, 2, 3, 4])
+        self.close(*self.clients)
+        self.assert_counts(active=0, waiting=0)
+        self.assertTrue(self.flushLoggedErrors(KeyError))
+
+    def test_a_slot_is_given_back_under_the_key_that_it_was_taken_under(self) -> None:
+        answers = iter(["a", "b", "c", "d", "e", "f", "g", "h"])
+        by_whim = PerKey(1, lambda address: next(answers))
+        self.limited(10, limits=[by_whim])
+        client, *_ = self.connect(1)
+        self.assertEqual(dict(by_whim.in_use()), {"a": 1})
+        self.close(client)
+        self.assertEqual(dict(by_whim.in_use()), {})
+
+    def test_a_limit_shared_by_two_limiters_serves_whoever_waits_in_the_other(self) -> None:
+        shared = PerKey(1, lambda address: address.host)
+        self.limited(10, limits=[shared])
+        first, *_ = self.connect(1)
+        other = Limiter(10, limits=[shared], clock=self.clock)
+        server = RecordingFactory()
+        FakeConnection(self.clock, number=50).connect(LimitingFactory(server, other))
+        self.turn()
+        self.assertEqual(server.addresses, [])
+        self.close(first)
+        self.assertEqual(len(server.addresses), 1)
+
+    def test_a_total_shared_by_two_limiters_serves_whoever_waits_in_the_other(self) -> None:
+        shared = Total(1)
+        self.limited(10, limits=[shared])
+        first, *_ = self.connect(1)
+        other = Limiter(10, limits=[shared], clock=self.clock)
+        server = RecordingFactory()
+        FakeConnection(self.clock, number=50).connect(LimitingFactory(server, other))
+        self.close(first)
+        self.assertEqual(len(server.addresses), 1)
+
+    def test_a_limit_that_fails_for_one_client_stops_nobody_else(self) -> None:
+        class Picky(RemoteLimit):
+            def try_acquire(self, connection: object) -> bool:
+                if connection.address.host == self.bad:
+                    raise ZeroDivisionError
+                return super().try_acquire(connection)
+
+        picky = Picky()
+        picky.bad, picky.granted = "10.0.0.9", 10
+        self.limited(1, limits=[picky])
+        first = self.connect(1)[0]
+        self.connect(1, host="10.0.0.9")
+        self.connect(2, host="10.0.0.1")
+        self.close(first)
+        self.assertEqual(self.served(), [0, 2])
+        picky.bad = None
+        self.close(self.clients[2])
+        self.clock.advance(1)
+        self.assertEqual(self.served(), [0, 2, 3])
+        self.close(self.clients[3])
+        self.clock.advance(1)
+        self.turn()
+        self.assertEqual(self.served(), [0, 2, 3, 1])
+        self.assertTrue(self.flushLoggedErrors(ZeroDivisionError))
+
+    def test_a_limit_that_cannot_tell_a_key_stops_nobody_else(self) -> None:
+        class Picky(PerPeer):
+            def key(self, connection: object) -> object:
+                if connection.address.host == "10.0.0.9":
+                    raise ZeroDivisionError
+                return super().key(connection)
+
+        self.limited(1, limits=[Picky(5, lambda address: address.host)])
+        first = self.connect(1)[0]
+        self.connect(1, host="10.0.0.9")
+        self.connect(1, host="10.0.0.1")
+        self.close(first)
+        self.assertEqual(self.served(), [0, 2])
+        self.assertTrue(self.flushLoggedErrors(ZeroDivisionError))
+
+    def test_room_that_a_limit_announces_while_it_is_asked_is_taken(self) -> None:
+        class Late(RemoteLimit):
+            def try_acquire(self, connection: object) -> bool:
+                if not self.granted:
+                    self.granted = 1
+                    self.callback()
+                    return False
+                return super().try_acquire(connection)
+
+        self.limited(10, limits=[Late()])
+        self.connect(1)
+        self.assert_counts(active=1, waiting=0)
+
+    def test_of_those_who_leave_while_others_stand_aside_nothing_is_kept(self) -> None:
+        self.limited(10, max_per_peer=1)
+        first, *_ = self.connect(2, host="10.0.0.1")
+        gone = []
+        for number in range(200):
+            waiting = FakeConnection(self.clock, number=1000 + number, host="10.0.0.1").connect(self.factory)
+            gone.append(weakref.ref(waiting.protocol))
+            self.limiter.depart(waiting.protocol)
+            waiting.protocol = None
+            del waiting
+        self.turn()
+        gc.collect()
+        self.assertEqual([each for each in gone if each() is not None], [])
+        self.assertFalse(first.closed)
+
+
 class OrderTests(LimiterTestCase):
     """
     Whose turn it is.
@@ -922,6 +1059,64 @@ class OrderTests(LimiterTestCase):
         self.assert_counts(waiting=1, refused={"timeout": 1})
 
 
+class FailingOrderTests(LimiterTestCase):
+    """
+    An order of one's own that fails.
+    """
+
+    def limited_by(self, **methods: object) -> None:
+        order = type("Order", (Fifo,), dict(methods))
+        self.limited(1, order=lambda settings, peer: order(), wait_timeout=30)
+
+    def assert_first_come_first_served(self) -> None:
+        self.connect(4)
+        for number in range(4):
+            self.assertEqual(self.served(), list(range(number + 1)))
+            self.close(self.clients[number])
+        self.assert_counts(active=0, waiting=0, finished=4)
+        self.assertTrue(self.flushLoggedErrors(ZeroDivisionError))
+
+    def test_whatever_it_fails_at_it_is_first_come_first_served_then(self) -> None:
+        for method in ("add", "remove", "next", "expires", "has_expired"):
+            with self.subTest(method):
+                self.limited_by(**{method: lambda self, *arguments: 1 / 0})
+                if method == "has_expired":
+                    self.connect(1)
+                    self.connect(1)
+                    self.clock.advance(30)
+                    self.turn()
+                    self.assert_counts(active=1, waiting=0, refused={"timeout": 1})
+                    self.assertTrue(self.flushLoggedErrors(ZeroDivisionError))
+                else:
+                    self.assert_first_come_first_served()
+
+    def test_one_that_names_somebody_who_does_not_wait_is_asked_no_more(self) -> None:
+        with Log() as log:
+            self.limited_by(next=lambda self, now: "nobody")
+            self.connect(3)
+            self.close(self.clients[0])
+            self.close(self.clients[1])
+        self.assertEqual(self.served(), [0, 1, 2])
+        self.assertEqual(sum("who does not wait" in text for text in log.texts()), 1)
+
+    def test_one_that_cannot_be_made_changes_nothing(self) -> None:
+        limiter = self.limited(1)
+        self.connect(2)
+        with pytest.raises(ZeroDivisionError):
+            limiter.reconfigure(order=lambda settings, peer: 1 / 0, max_connections=5)
+        self.assertEqual((limiter.order, limiter.max_connections), ("fifo", 1))
+        self.assert_counts(active=1, waiting=1)
+
+    def test_one_that_is_always_overdue_does_not_keep_the_reactor_busy(self) -> None:
+        self.limited_by(expires=lambda self: 0.0)
+        looks = []
+        self.connect(2)
+        expired = self.limiter._line.expired
+        self.limiter._line.expired = lambda now: looks.append(now) or expired(now)
+        self.clock.pump([0.001] * 1000)
+        self.assertLess(len(looks), 150)
+
+
 class ExemptTests(LimiterTestCase):
     """
     The exempt are served at once, take no slot, and are counted apart.
@@ -950,6 +1145,26 @@ class ExemptTests(LimiterTestCase):
         self.connect()
         self.assert_counts(waiting=1, exempt=0)
         self.assertEqual(len(self.flushLoggedErrors(ApplicationError)), 1)
+
+    def test_who_waits_already_is_served_when_it_becomes_exempt(self) -> None:
+        limiter = self.limited(1, wait_timeout=30)
+        self.connect(1)
+        self.connect(2, host="192.168.1.1")
+        self.connect(1, host="10.0.0.1")
+        limiter.exempt = ["192.168.0.0/16"]
+        self.turn()
+        self.assertEqual(self.served(), [0, 1, 2])
+        self.assert_counts(active=1, waiting=1, exempt=2)
+
+    def test_one_that_was_forgotten_and_collected_is_not_counted_twice(self) -> None:
+        limiter = self.limited(1, exempt=["127.0.0.0/8"])
+        client = FakeConnection(self.clock).connect(self.factory)
+        self.server.live.clear()
+        client.protocol = None
+        del client
+        gc.collect()
+        self.assertEqual((limiter.active, len(limiter._collected)), (0, 1))
+        self.assert_counts(active=0, exempt=0)
 
     def test_a_drained_limiter_has_no_exempt(self) -> None:
         self.limited(1, exempt=["127.0.0.1"])
@@ -981,6 +1196,34 @@ class RateTests(LimiterTestCase):
         first = self.connect(3)[0]
         self.close(first)
         self.assert_counts(active=1, waiting=1)
+
+    def test_a_clock_that_is_set_back_delays_nobody_for_longer_than_the_rate_does(self) -> None:
+        self.limited(max_rate=10, max_burst=1)
+        self.connect(3)
+        self.clock.rightNow -= 3600
+        for call in self.clock.getDelayedCalls():
+            call.reset(0.1)
+        self.assertEqual(self.served(), [0])
+        for expected in ([0], [0, 1], [0, 1, 2]):  # the time in between is worth nothing
+            self.clock.advance(0.1)
+            self.turn()
+            self.assertEqual(self.served(), expected)
+
+    def test_a_changed_setting_does_not_fill_the_bucket_anew(self) -> None:
+        limiter = self.limited(1000, max_rate=10, max_burst=100)
+        self.connect(200)
+        self.assertEqual(len(self.served()), 100)
+        for number in range(100):
+            limiter.reconfigure(max_connections=1001 + number, max_per_peer=900 + number)
+        self.turn()
+        self.assertEqual(len(self.served()), 100)
+        limiter.max_rate = 20
+        self.clock.advance(1)
+        self.turn()
+        self.assertEqual(len(self.served()), 120)
+        limiter.max_burst = 1
+        self.turn()
+        self.assertEqual(len(self.served()), 120)
 
     def test_it_can_be_lifted_while_some_wait_for_it(self) -> None:
         self.limited(None, max_rate=0.1, max_burst=1)
@@ -1017,6 +1260,27 @@ class NoticeTests(LimiterTestCase):
         self.connect(2)
         self.clock.advance(1)
         self.assertEqual([client.received for client in self.clients], [b"10000", b"10001"])
+
+    def test_one_that_is_set_later_is_given_to_those_who_wait_already(self) -> None:
+        limiter = self.limited(1)
+        _, waiting = self.connect(2)
+        self.clock.advance(10)
+        limiter.notice = (5, b"please wait")
+        self.turn()
+        self.clock.advance(0.1)
+        self.assertEqual(waiting.received, b"please wait")
+
+    def test_who_departs_by_the_notice_of_another_harms_nobody(self) -> None:
+        def what(connection: IConnection) -> bytes:
+            for each in self.clients[2:]:
+                self.limiter.depart(each.protocol)
+            return b"please wait"
+
+        self.limited(1, notice=(5, what))
+        self.connect(4)
+        self.clock.advance(5)
+        self.assertEqual([each.received for each in self.clients], [b"", b"please wait", b"", b""])
+        self.assert_counts(active=1, waiting=1, departed=2)
 
     def test_a_failure_harms_nobody(self) -> None:
         self.limited(0, notice=(1, lambda connection: 1 / 0))
@@ -1084,12 +1348,173 @@ class DryRunTests(LimiterTestCase):
             self.clock.advance(600)
         self.assertEqual(len(log.texts()), 1)
 
+    def test_all_settings_at_once_as_at_a_reload_leave_it_the_dry_run_that_it_is(self) -> None:
+        limiter = self.limited(2, dry_run=True, wait_timeout=10)
+        self.connect(10)
+        limiter.reconfigure(**attrs.asdict(limiter.settings, recurse=False) | {"max_connections": 3})
+        would = limiter.snapshot().dry_run
+        self.assertEqual((would.active, would.waiting, would.settings.dry_run), (3, 7, False))
+
     def test_a_changed_setting_is_tried_out_at_once(self) -> None:
         self.limited(1, dry_run=True)
         self.connect(2)
         self.assertEqual(self.limiter.snapshot().dry_run.waiting, 1)
         self.limiter.max_connections = 2
         self.assertEqual(self.limiter.snapshot().dry_run.waiting, 0)
+
+
+class Socket(Inert):
+    """
+    A connection with a socket of which the kernel tells.
+    """
+
+    def __init__(self, number: int, host: str = "127.0.0.1") -> None:
+        super().__init__(IPv4Address("TCP", host, number))
+        self.idle_for: float | None = 0.0
+        self.dead = self.closed = False
+
+    def idle(self) -> float | None:
+        return self.idle_for
+
+    def is_dead(self) -> bool:
+        return self.dead
+
+    def close(self) -> None:
+        self.closed = True
+
+
+class LookTests(SynchronousTestCase):
+    """
+    Once a second, while somebody waits, the limiter looks at the sockets of those who are served.
+    """
+
+    def limited(self, *args: object, **settings: object) -> Limiter:
+        self.clock = Clock()
+        self.limiter = Limiter(*args, clock=self.clock, **settings)
+        self.sockets: list[Socket] = []
+        return self.limiter
+
+    def connect(self, count: int = 1, host: str = "127.0.0.1") -> list[Socket]:
+        new = [Socket(len(self.sockets) + number, host) for number in range(count)]
+        self.sockets += new
+        for each in new:
+            if not self.limiter.serve_at_once(each) and self.limiter.may_wait(each) is None:
+                self.limiter.wait(each)
+        return new
+
+    def closed(self) -> list[int]:
+        return [number for number, each in enumerate(self.sockets) if each.closed]
+
+    def test_idle_counts_from_the_time_of_being_served(self) -> None:
+        self.limited(1, idle_timeout=3)
+        first, second, *_ = self.connect(3)
+        self.clock.advance(2.5)
+        second.idle_for = 2.5  # it has sent nothing while it waited
+        self.limiter.finish(first)
+        for _ in range(3):
+            self.clock.advance(0.9)
+            second.idle_for += 0.9
+            self.assertEqual(self.closed(), [])
+        self.clock.advance(2)
+        second.idle_for += 2
+        self.clock.advance(1)
+        self.assertEqual(self.closed(), [1])
+
+    def test_idle_counts_from_the_time_of_being_served_at_once_out_of_the_backlog_too(self) -> None:
+        self.limited(1, idle_timeout=3)
+        self.connect()[0].idle_for = 100.0
+        self.connect()
+        self.clock.advance(2)
+        self.assertEqual(self.closed(), [])
+        self.clock.advance(2)
+        self.assertEqual(self.closed(), [0])
+
+    def test_a_timeout_that_is_set_later_counts_from_then(self) -> None:
+        self.limited(1)
+        self.connect(2)[0].idle_for = 100.0
+        self.clock.advance(50)
+        self.limiter.idle_timeout = 3
+        self.clock.advance(2)
+        self.assertEqual(self.closed(), [])
+        self.clock.advance(2)
+        self.assertEqual(self.closed(), [0])
+
+    def test_nobody_is_closed_for_one_whom_a_free_slot_does_not_help(self) -> None:
+        self.limited(1000, idle_timeout=3, max_per_peer=2)
+        for each in self.connect(100):
+            each.idle_for = 100.0
+        # With max_per_peer=2 only two of these are served; the others stand aside.
+        self.assertEqual(self.limiter.active, 2)
+        others = [self.connect(1, host=f"10.0.0.{number}")[0] for number in range(100)]
+        for each in others:
+            each.idle_for = 100.0
+        self.sockets[0].idle_for = self.sockets[1].idle_for = 1.0
+        self.clock.advance(5)
+        self.assertEqual(self.closed(), [])
+        self.sockets[1].idle_for = 50.0
+        self.clock.advance(1)
+        self.assertEqual(self.closed(), [1])  # of the same peer: that helps
+
+    def test_nobody_is_closed_for_a_rate(self) -> None:
+        self.limited(1000, idle_timeout=3, max_rate=1, max_burst=100)
+        for each in self.connect(100):
+            each.idle_for = 100.0
+        self.connect(50)
+        self.clock.pump([1] * 10)
+        self.assertEqual(self.closed(), [])
+
+    def test_no_more_are_closed_than_the_rate_lets_in(self) -> None:
+        self.limited(100, idle_timeout=3, max_rate=1, max_burst=100)
+        for each in self.connect(150)[:100]:
+            each.idle_for = 100.0
+        self.clock.advance(3)
+        self.assertLessEqual(len(self.closed()), 5)
+        self.assertGreater(len(self.closed()), 0)
+
+    def test_those_that_are_still_closing_count(self) -> None:
+        self.limited(10, idle_timeout=3)
+        for each in self.connect(12)[:10]:
+            each.idle_for = 100.0
+        self.clock.pump([1] * 10)
+        self.assertEqual(len(self.closed()), 2)
+        self.assertEqual(self.limiter.snapshot().idle_closed, 2)
+
+    def test_a_look_that_is_due_stays_due_though_the_queue_is_empty_for_instants(self) -> None:
+        self.limited(2, idle_timeout=1)
+        dead, _busy = self.connect(2)
+        for _ in range(12):
+            waiting = self.connect()[0]
+            dead.dead = True
+            self.clock.advance(0.09)
+            self.limiter.reconfigure(max_waiting=self.limiter.active + 10, wait_timeout=5 + len(self.sockets))
+            self.limiter.depart(waiting)
+            self.limiter.finish(waiting)
+        self.assertEqual(self.limiter.snapshot().reclaimed, 1)
+
+    def test_a_drain_finds_the_dead_although_nobody_waits(self) -> None:
+        self.limited(2)
+        self.connect(2)[0].dead = True
+        done = self.limiter.drain()
+        self.clock.advance(1)
+        self.assertEqual(self.limiter.active, 1)
+        self.assertNoResult(done)
+        self.limiter.finish(self.sockets[1])
+        self.successResultOf(done)
+        self.assertEqual(self.clock.getDelayedCalls(), [])
+
+    def test_an_overloaded_adaptive_queue_with_some_aside_refuses_the_others_and_rests(self) -> None:
+        self.limited(1, order="adaptive", adaptive_target=0.5, adaptive_interval=2, max_per_peer=1)
+        self.connect(2)
+        self.limiter.max_connections = 2
+        self.connect(1, host="10.0.0.1")
+        self.connect(20, host="10.0.0.2")
+        looks = []
+        expired = self.limiter._line.expired
+        self.limiter._line.expired = lambda now: looks.append(now) or expired(now)
+        self.clock.pump([0.01] * 500)
+        self.assertLess(len(looks), 100)
+        self.assertEqual(self.limiter.snapshot().refused["timeout"], 20)
+        self.assertEqual(self.limiter.waiting, 1)  # its own peer makes it wait
 
 
 class RetryAfterTests(LimiterTestCase):

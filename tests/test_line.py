@@ -5,7 +5,6 @@ The waiting line, with its operations in any order.
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import chain
 
 import attrs
 import pytest
@@ -135,7 +134,8 @@ class TestAside:
     """
 
     def filled(self, count: int) -> tuple[Line, list[Waiting]]:
-        line = Line(Fifo())
+        self.full: set[object] = set()
+        line = Line(Fifo(), lambda key: key not in self.full)
         all_of_them = [Waiting(number, number % 2) for number in range(count)]
         for each in all_of_them:
             line.add(each, float(each.number))
@@ -143,7 +143,7 @@ class TestAside:
 
     def test_others_pass_and_who_returns_goes_first(self) -> None:
         line, (first, second, third) = self.filled(3)
-        line.step_aside(first, "key")
+        line.step_aside(first, ("key",), "key")
         assert line.next(9.0) is second
         assert (len(line), list(line)) == (3, [first, second, third])
         line.call_back("key")
@@ -152,66 +152,116 @@ class TestAside:
 
     def test_who_returned_can_step_aside_again(self) -> None:
         line, (first, second) = self.filled(2)
-        line.step_aside(first, "key")
+        line.step_aside(first, ("key", "other"), "key")
         line.call_back("key")
-        line.step_aside(first, "other")
+        line.step_aside(first, ("key", "other"), "other")
         assert line.next(9.0) is second
         line.call_back("key")
         assert line.next(9.0) is second
         line.call_back("other")
         assert line.next(9.0) is first
 
+    def test_one_that_lacks_another_key_when_it_is_called_lets_the_next_return(self) -> None:
+        line, (first, second, third, fourth) = self.filled(4)
+        line.step_aside(first, ("key", "other"), "key")
+        line.step_aside(second, ("key", "other"), "key")
+        line.step_aside(third, ("key",), "key")
+        self.full = {"other"}
+        line.call_back("key")
+        assert line.next(9.0) is third
+        assert line.aside() == {"other": 2}
+        line.remove(third)
+        line.call_back("key")
+        assert line.next(9.0) is fourth
+        self.full = set()
+        line.call_back("other")
+        assert line.next(9.0) is first
+
+    def test_the_call_of_one_that_leaves_or_cannot_use_it_goes_to_the_next(self) -> None:
+        line, (first, second, third) = self.filled(3)
+        for each in (first, second, third):
+            line.step_aside(each, ("key", each.number % 2), "key")
+        line.call_back("key")
+        assert list(line.returned) == [first]
+        line.remove(first)
+        assert list(line.returned) == [second]
+        self.full = {1}
+        line.step_aside(second, ("key", 1), 1)
+        assert list(line.returned) == [third]
+
     def test_the_oldest_is_found_wherever_it_stands(self) -> None:
         line, (first, second, third) = self.filled(3)
-        line.step_aside(second, "key")
+        line.step_aside(second, ("key",), "key")
         assert line.oldest() == (first, 0.0)
-        line.step_aside(first, "key")
+        line.step_aside(first, ("key",), "key")
         assert line.oldest() == (first, 0.0)
         assert line.remove(first) == 0.0
         assert line.oldest() == (second, 1.0)
         line.remove(second)
         assert line.oldest() == (third, 2.0)
 
-    @given(st.lists(st.tuples(st.sampled_from(["add", "aside", "back", "remove", "all"]), st.integers(0, 9))))
-    def test_in_any_order_of_events_nobody_is_lost(self, steps: list[tuple[str, int]]) -> None:
-        line = Line(Fifo())
-        order: list[Waiting] = []
-        aside: dict[int, list[Waiting]] = {}
-        returned: list[Waiting] = []
-
-        def call_back(key: int) -> None:
-            line.call_back(key)
-            if aside.get(key):
-                returned.append(aside[key].pop(0))
-
-        for now, (step, which) in enumerate(steps):
-            everybody = sorted(
-                [*order, *returned, *chain.from_iterable(aside.values())], key=lambda each: each.number
-            )
-            turn = min(returned, key=lambda each: each.number) if returned else next(iter(order), None)
-            assert list(line) == everybody
-            assert len(line) == len(everybody)
-            assert line.next(float(now)) is turn
-            if everybody:
-                assert line.oldest() == (everybody[0], float(everybody[0].number))
+    @given(
+        st.lists(
+            st.tuples(
+                st.sampled_from(["add", "turn", "free", "fill", "remove", "all"]),
+                st.integers(0, 9),
+                st.integers(0, 2),
+            ),
+            max_size=80,
+        )
+    )
+    def test_in_any_order_of_events_nobody_is_lost_and_none_stands_aside_that_has_room(
+        self, steps: list[tuple[str, int, int]]
+    ) -> None:
+        """
+        Of any keys that are free, nobody stands aside who has no other.
+        """
+        line, _ = self.filled(0)
+        everybody: list[Waiting] = []
+        keys: dict[Waiting, tuple[str, ...]] = {}
+        for now, (step, which, other) in enumerate(steps):
             if step == "add":
-                order.append(Waiting(now, which))
-                line.add(order[-1], float(now))
-            elif step == "aside" and turn is not None:
-                line.step_aside(turn, turn.address)
-                (returned if turn in returned else order).remove(turn)
-                aside.setdefault(turn.address, []).append(turn)
-            elif step == "back":
-                call_back(which)
-            elif step == "all":
-                line.call_all_back()
-                returned += chain.from_iterable(aside.values())
-                aside.clear()
+                new = Waiting(now, which)
+                keys[new] = (f"peer {which % 3}", f"colour {other}")
+                everybody.append(new)
+                line.add(new, float(now))
+            elif step == "turn" and (line.order or line.returned):
+                turn = line.next(float(now))
+                lacking = [key for key in keys[turn] if key in self.full]
+                if lacking:
+                    line.step_aside(turn, keys[turn], lacking[0])
+                else:
+                    everybody.remove(turn)
+                    assert line.remove(turn) == float(turn.number)
+            elif step == "fill":
+                self.full.add(f"peer {which % 3}" if other else f"colour {which % 3}")
+            elif step == "free":
+                key = f"peer {which % 3}" if other else f"colour {which % 3}"
+                if key in self.full:
+                    self.full.remove(key)
+                    for _ in everybody:  # as many as there are free now
+                        line.call_back(key)
             elif step == "remove" and everybody:
-                leaving = everybody[which % len(everybody)]
+                leaving = everybody.pop(which % len(everybody))
                 assert line.arrival(leaving) == float(leaving.number)
                 assert line.remove(leaving) == float(leaving.number)
                 assert leaving not in line
-                for place in (order, returned, *aside.values()):
-                    if leaving in place:
-                        place.remove(leaving)
+            elif step == "all":
+                line.call_all_back()
+            assert list(line) == everybody
+            assert len(line) == len(everybody)
+            if everybody:
+                assert line.oldest() == (everybody[0], float(everybody[0].number))
+            for each in everybody:
+                if each not in line.order and each not in line.returned:
+                    assert self.full & set(keys[each])
+        for each in everybody:
+            line.remove(each)
+        assert not (line._outside)
+        assert not (line.returned)
+        assert not (line._groups)
+        assert not (line._below)
+        assert not (line._stepped)
+        assert not (line._keys)
+        assert not (line._outside._heap)
+        assert not (line.returned._heap)

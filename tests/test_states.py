@@ -15,6 +15,7 @@ from twisted.internet.task import Clock
 
 from connlimit import Limiter, LimitingFactory
 from connlimit._line import ORDERS
+from connlimit.limits import PerKey
 from connlimit.observers import LimiterObserver
 
 
@@ -105,6 +106,13 @@ class Endings(LimiterObserver):
         self.ends(connection, "departed")
 
 
+def colour(address: object) -> int:
+    """
+    A key that has nothing to do with the peer.
+    """
+    return address.port % 3
+
+
 CONDUCT = st.one_of(
     st.just(("nothing", "")),
     st.tuples(
@@ -126,9 +134,16 @@ class EveryOrder(RuleBasedStateMachine):
         timeout=st.one_of(st.none(), st.integers(1, 5)),
         order=st.sampled_from(["fifo", *sorted(ORDERS)]),
         cap=st.one_of(st.none(), st.integers(1, 2)),
+        by_port=st.one_of(st.none(), st.integers(1, 2)),
     )
     def start(
-        self, most: int | None, waiting: int | None, timeout: int | None, order: str, cap: int | None
+        self,
+        most: int | None,
+        waiting: int | None,
+        timeout: int | None,
+        order: str,
+        cap: int | None,
+        by_port: int | None,
     ) -> None:
         self.clock = Clock()
         self.endings = Endings()
@@ -138,13 +153,15 @@ class EveryOrder(RuleBasedStateMachine):
             wait_timeout=timeout,
             order=order,
             max_per_peer=cap,
+            limits=[] if by_port is None else [PerKey(by_port, colour)],
             clock=self.clock,
             observers=[self.endings],
         )
+        self.by_port = by_port
         self.server = UnrulyFactory()
         self.factories = [LimitingFactory(self.server, self.limiter) for _ in range(2)]
         # Whether the line is served in the order of arrival, and has been all the time.
-        self.is_plain = order == "fifo" and cap is None
+        self.is_plain = order == "fifo" and cap is None and by_port is None
         self.clients: list[FakeConnection] = []
         self.sent: dict[FakeConnection, bytes] = {}
 
@@ -262,21 +279,30 @@ class EveryOrder(RuleBasedStateMachine):
         most, cap = self.limiter.max_connections, self.limiter.max_per_peer
         if most is not None and self.limiter.active >= most:
             return
-        assert cap is not None
-        active = self.peers(self.factories, "active_for")
-        for peer in self.peers(self.factories, "waiting_for"):
-            assert active[peer] >= cap
+        assert cap is not None or self.by_port is not None
+        active = [each for factory in self.factories for each in self.limiter.active_for(factory)]
+        peers, colours = Counter(map(self.peer, active)), Counter(colour(each.address) for each in active)
+        for factory in self.factories:
+            for each in self.limiter.waiting_for(factory):
+                lacks_peer = cap is not None and peers[self.peer(each)] >= cap
+                lacks_colour = self.by_port is not None and colours[colour(each.address)] >= self.by_port
+                assert lacks_peer or lacks_colour
 
     def peers(self, factories: list[LimitingFactory], which: str) -> Counter[str]:
         """
         How many connections of each peer are active or waiting.
         """
-        whole = self.limiter.peer_prefix == (0, 0)
         return Counter(
-            "all" if whole else connection.address.host
+            self.peer(connection)
             for factory in factories
             for connection in getattr(self.limiter, which)(factory)
         )
+
+    def peer(self, connection: object) -> str:
+        """
+        What counts as its client.
+        """
+        return "all" if self.limiter.peer_prefix == (0, 0) else connection.address.host
 
     @invariant()
     def nobody_overtakes_the_line(self) -> None:
@@ -305,6 +331,9 @@ class EveryOrder(RuleBasedStateMachine):
             max_connections=None, max_waiting=None, wait_timeout=None, max_per_peer=None, max_rate=None
         )
         self.clock.advance(0)
+        self.clock.advance(0)
+        for limit in self.limiter.limits:
+            limit.slots = None
         self.clock.advance(0)
         for client in self.clients:
             well_behaved = self.server.conduct[client.address.port] == ("nothing", "")

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 _REPORT_INTERVAL = 60.0  # seconds
 
+_NOT_TRIED_OUT = {"dry_run", "exempt", "notice", "idle_timeout"}
+
 #: The share of connections that the suggested limit serves at once.
 SERVED_AT_ONCE = 0.99
 
@@ -55,11 +57,18 @@ class DryRun(LimiterObserver):
         self._forget_collected()
         return self._shadow.snapshot()
 
+    @staticmethod
+    def tried_out(settings: Mapping[str, Any]) -> dict[str, Any]:
+        """
+        Those of the settings that are tried out; the others concern connections, which stay as they are.
+        """
+        return {name: value for name, value in settings.items() if name not in _NOT_TRIED_OUT}
+
     def reconfigure(self, settings: Mapping[str, Any]) -> None:
         """
         The settings have been changed.
         """
-        self._shadow.reconfigure(**{k: v for k, v in settings.items() if k not in ("exempt", "notice")})
+        self._shadow.reconfigure(**self.tried_out(settings))
 
     def suggested_limit(self) -> int | None:
         """

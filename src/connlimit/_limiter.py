@@ -32,8 +32,12 @@ Whatever may have made room (a release, a departure, a refusal, a raised limit) 
 connection can end it, and others, before ``serve`` returns; such a nested call only returns,
 and the loop that is already running looks again. So nothing recurses, however long the line.
 
-One whose peer is at its cap steps aside when its turn comes, and others pass; it is called back when a
-connection of its peer ends. So each event moves one connection at the most, however many stand aside.
+One whose own key has no room (its peer is at its cap) steps aside when its turn comes, and others pass; it is
+called back when its key has room. A call that the one who is called cannot use goes to the next. So each
+event moves few connections, however many stand aside, and nobody stands beside a slot that it could have.
+
+What users write (a limit, a key, an order, a notice, an observer, who is exempt) may raise at any call. It is
+logged, the connection is treated as `connlimit.interfaces` says, and everybody else is treated as ever.
 
 The line holds its connections, since nobody else does: a paused transport is in no reactor. Those that are
 active are held weakly: a transport that the application pauses and forgets is closed by the garbage
@@ -43,10 +47,11 @@ collector, as it would be without us, and its slot is reclaimed.
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Hashable, Iterable, Mapping
+from collections import Counter, OrderedDict
+from collections.abc import Collection, Generator, Hashable, Iterable, Mapping
 from functools import partial
-from heapq import nlargest
 from itertools import islice
+from operator import itemgetter
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 from weakref import ref
@@ -60,10 +65,11 @@ from connlimit import _descriptors
 from connlimit._drain import Drain
 from connlimit._dry_run import DryRun
 from connlimit._inert import Inert
-from connlimit._line import ORDERS, Line
+from connlimit._line import Fifo, Keys, Line, new_order
 from connlimit._peers import busiest, exhausted, peer_key
 from connlimit._settings import Settings, adjustable
 from connlimit._system.bounded_log import BoundedLog
+from connlimit._system.clock import ReactorClock, clock_of
 from connlimit.interfaces import (
     IConnection,
     IKeyedLimit,
@@ -72,11 +78,12 @@ from connlimit.interfaces import (
     IPort,
     IRefusingLimit,
 )
-from connlimit.limits import All, PerKey, Rate
+from connlimit.limits import All, PerPeer, Rate
 from connlimit.refusals import DESCRIPTORS, DRAINING, FULL, PEER, REASONS, TIMEOUT
 
 _AUDIT_INTERVAL = 1.0  # seconds
 _RATE_WINDOW = 10.0  # seconds
+_LEAST_DELAY = 0.01  # seconds between two looks at who has waited too long
 
 #: How many of the line are refused at once when waiting is useless, before others have their turn.
 _REFUSED_AT_ONCE = 100
@@ -143,6 +150,57 @@ class Limiter:
     :ivar limits: the further limits that it was given.
     """
 
+    # Named, so that what is set by a mistyped name is an error.
+    __slots__ = (
+        "__weakref__",
+        "_accepted",
+        "_active",
+        "_audit_due",
+        "_audit_timer",
+        "_clock",
+        "_closing",
+        "_collected",
+        "_departed",
+        "_draining",
+        "_drains",
+        "_dry_run",
+        "_exempt",
+        "_exempted",
+        "_failing",
+        "_finished",
+        "_further",
+        "_idle_closed",
+        "_is_exempt",
+        "_keyed",
+        "_line",
+        "_log",
+        "_looks_again",
+        "_most",
+        "_observers",
+        "_on_collection",
+        "_order",
+        "_peer",
+        "_peers",
+        "_ports",
+        "_rate",
+        "_reclaimed",
+        "_refusal_timer",
+        "_refused",
+        "_refusing",
+        "_release_marks",
+        "_returned",
+        "_served_at",
+        "_served_at_from",
+        "_serving",
+        "_timer",
+        "_unnotified",
+        "_wait_seconds",
+        "_waits",
+        "budget",
+        "limits",
+        "settings",
+    )
+
     if TYPE_CHECKING:
         # The attributes that `adjustable` adds.
 
@@ -169,10 +227,10 @@ class Limiter:
         :raises ValueError: for a wrong value.
         """
         self.settings = Settings().evolve({"max_connections": max_connections, **settings})
-        self._log = BoundedLog(Logger())
-        self._clock = _checked_clock(clock) if clock is not None else None
+        self._clock = ReactorClock() if clock is None else clock_of(_checked_clock(clock))
+        self._log = BoundedLog(Logger(), self._clock)
         self._most = math.inf
-        self._peers: PerKey | None = None
+        self._peers: PerPeer | None = None
         self._rate: Rate | None = None
         self.limits = tuple(limits)
         self._refusing = tuple(limit for limit in self.limits if IRefusingLimit.providedBy(limit))
@@ -182,15 +240,23 @@ class Limiter:
         self._on_collection = self._collect  # bound once
         # Those of them that are exempt and take none of the limits.
         self._exempt: set[ref[IConnection]] = set()
+        # When each was served, while there is an idle_timeout, and since when that is known.
+        self._served_at: dict[ref[IConnection], float] | None = None
+        self._served_at_from = 0.0
+        # Those that were closed because they were idle, and are not gone yet.
+        self._closing: set[ref[IConnection]] = set()
         # References whose connections are no more. The collector can come at any instant, so it only
         # leaves them here; they are seen to at the next arrival, or within a second if somebody waits.
         self._collected: list[ref[IConnection]] = []
         self._timer: IDelayedCall | None = None
         self._audit_timer: IDelayedCall | None = None
+        self._audit_due = -math.inf
         self._refusal_timer: IDelayedCall | None = None
         # Who waits and has not had the notice yet, if there is one.
-        self._unnotified: dict[IConnection, float] = {}
+        self._unnotified: OrderedDict[IConnection, float] = OrderedDict()
         self._serving = False
+        self._looks_again = False
+        self._drains = 0
         self._draining = False
         self._dry_run: DryRun | None = None
         self._observers: tuple[ILimiterObserver, ...] = tuple(observers)
@@ -212,13 +278,17 @@ class Limiter:
 
         self._peer = peer_key(self.settings.peer_prefix)
         self._is_exempt = self.settings.exempt
-        self._line = Line(self._new_order())
-        self._order = self._line.order
-        self._set_limits()
+        self._failing: set[ILimit] = set()
+        self._keyed: tuple[IKeyedLimit, ...] = ()
+        self._refill_line(new_order(self.settings, self._peer), [])
+        self._set_limits(_OF_THE_LIMITS)
+        self._keep_served_times()
         if self.settings.dry_run:
             self._switch_dry_run()
         # Last, since a limit may call back at once.
         for limit in self.limits:
+            if isinstance(limit, PerPeer):
+                limit.subscribe_key(partial(self._key_may_have_room, limit))
             limit.subscribe(partial(self._may_have_room, limit))
 
     def __repr__(self) -> str:
@@ -234,7 +304,8 @@ class Limiter:
         """
         How many connections hold a slot.
         """
-        return len(self._active) - len(self._collected) - len(self._exempt)
+        collected = sum(slot not in self._exempt for slot in self._collected)
+        return len(self._active) - collected - len(self._exempt)
 
     @property
     def waiting(self) -> int:
@@ -257,7 +328,7 @@ class Limiter:
             finished=self._finished,
             departed=self._departed,
             refused=MappingProxyType(dict(self._refused)),
-            longest_wait=self.clock.seconds() - self._line.oldest()[1] if self.waiting else 0.0,
+            longest_wait=max(0.0, self.clock.seconds() - self._line.oldest()[1]) if self.waiting else 0.0,
             waits=self._waits,
             wait_seconds=self._wait_seconds,
             reclaimed=self._reclaimed,
@@ -312,7 +383,7 @@ class Limiter:
         """
         now = self.clock.seconds()
         return [
-            (connection.address, now - self._line.arrival(connection))
+            (connection.address, max(0.0, now - self._line.arrival(connection)))
             for connection in islice(self._line, count)
         ]
 
@@ -321,24 +392,16 @@ class Limiter:
     @property
     def clock(self) -> IReactorTime:
         """
-        Where the time comes from. Those who wait keep the time they have waited when it is changed.
+        Where the time comes from.
         """
-        if self._clock is None:
-            from twisted.internet import reactor
-
-            self._clock = _checked_clock(reactor)
         return self._clock
 
-    @clock.setter
-    def clock(self, clock: IReactorTime) -> None:
-        shift = _checked_clock(clock).seconds() - self.clock.seconds()
-        self._stop_timers()
-        arrivals = [(connection, self._line.arrival(connection) + shift) for connection in self._line]
-        self._clock = clock
-        self._refill_line(arrivals)
-        self._unnotified = {each: arrived for each, arrived in arrivals if each in self._unnotified}
-        self._set_limits()
-        self._start_timers()
+    def run_in(self, reactor: Any) -> None:
+        """
+        Let timers run in this reactor, unless a clock was given or it is known already where they run.
+        """
+        if isinstance(self._clock, ReactorClock):
+            self._clock.run_in(reactor)
 
     def reconfigure(self, **settings: Any) -> None:
         """
@@ -355,61 +418,84 @@ class Limiter:
         }
         if not changes:
             return
+        peer = peer_key(new.peer_prefix) if "peer_prefix" in changes else self._peer
+        # An order of one's own may fail to be made.
+        order = new_order(new, peer) if _OF_THE_LINE & changes.keys() else None
         self.settings = new
-        self._tell("reconfigured", changes)
+        self._peer = peer
+        self._is_exempt = new.exempt
         if "dry_run" in changes:
             self._switch_dry_run()
         elif self._dry_run is not None:
-            self._dry_run.reconfigure(settings)
-        self._is_exempt = new.exempt
-        if "peer_prefix" in changes:
-            self._peer = peer_key(new.peer_prefix)
-        if _OF_THE_LINE & changes.keys():
-            self._refill_line([(connection, self._line.arrival(connection)) for connection in self._line])
+            self._dry_run.reconfigure({name: value for name, (_, value) in changes.items()})
+        if order is not None:
+            self._refill_line(order, [(each, self._line.arrival(each)) for each in self._line])
         if _OF_THE_LIMITS & changes.keys():
-            self._set_limits()
+            self._set_limits(changes.keys())
+        if "idle_timeout" in changes:
+            self._keep_served_times()
+        if "notice" in changes:
+            self._unnotified.clear() if new.notice is None else self._expect_notice(old.notice is None)
         if _OF_THE_TIMERS & changes.keys():
             self._stop_timers()
             self._start_timers()
+        self._tell("reconfigured", changes)
+        if "exempt" in changes and self._is_exempt is not None:
+            self._serve_exempt_waiting()
         self._may_have_room()
 
-    def _set_limits(self) -> None:
+    def _expect_notice(self, everybody: bool) -> None:
         """
-        Make the limits that the settings ask for. Looks at all active connections.
+        Give the notice to all who wait, if it is the first. Looks at the whole line.
+        """
+        if everybody:
+            self._unnotified.update((each, self._line.arrival(each)) for each in self._line)
+
+    def _keep_served_times(self) -> None:
+        """
+        Know from now on when each connection was served, if that matters.
+        """
+        self._served_at = None if self.settings.idle_timeout is None else {}
+        self._served_at_from = self.clock.seconds()
+
+    def _set_limits(self, changed: Collection[str]) -> None:
+        """
+        Make the limits that the settings ask for, some of which have changed. Looks at all who are active.
         """
         settings = self.settings
         dry = settings.dry_run
         self._most = math.inf if dry or settings.max_connections is None else settings.max_connections
         if settings.max_per_peer is None or dry:
             self._peers = None
-        else:
-            self._peers = PerKey(settings.max_per_peer, self._peer)
+        elif self._peers is None or "peer_prefix" in changed:
+            self._peers = PerPeer(settings.max_per_peer, self._peer)
             self._peers.count(address for slot, address in self._active.items() if slot not in self._exempt)
-        if self._rate is not None:
-            self._rate.stop()
+        else:
+            self._peers.slots = settings.max_per_peer
+        if settings.max_rate is None or dry:
+            if self._rate is not None:
+                self._rate.stop()
             self._rate = None
-        if settings.max_rate is not None and not dry:
+        elif self._rate is None:
             self._rate = Rate(settings.max_rate, settings.max_burst, self._clock)
             self._rate.subscribe(self._serve_waiting)
+        elif "max_rate" in changed or "max_burst" in changed:
+            self._rate.change(settings.max_rate, settings.max_burst)
         # The rate comes last: what it has given, nobody can give back.
         limits = [each for each in (self._peers, *self.limits, self._rate) if each is not None]
         self._further = All(limits) if limits else None
         self._keyed = tuple(each for each in limits if IKeyedLimit.providedBy(each))
+        self._failing.clear()
+        # Those who stand aside do so with their keys of the limits that were.
+        self._line.call_all_back()
 
-    def _new_order(self) -> Any:
+    def _refill_line(self, order: Fifo, arrivals: list[tuple[IConnection, float]]) -> None:
         """
-        An empty line in the order that the settings ask for, by its name or by what makes it.
+        Let connections wait in another order. Looks at the whole line.
         """
-        order = self.settings.order
-        return ORDERS.get(order, order)(self.settings, self._peer)
-
-    def _refill_line(self, arrivals: list[tuple[IConnection, float]]) -> None:
-        """
-        Let the same connections wait in the order that the settings ask for. Looks at the whole line.
-        """
-        order = self._new_order()
-        self._line = Line(order)
+        self._line = Line(order, self._has_room_for)
         self._order = order
+        self._returned = self._line.returned
         for connection, arrived in arrivals:
             self._line.add(connection, arrived)
 
@@ -419,8 +505,9 @@ class Limiter:
             self._dry_run.report()
             self._dry_run = None
         if self.settings.dry_run:
-            changes = {"dry_run": False, "exempt": None, "notice": None, "idle_timeout": None}
-            shadow = Limiter(clock=self._clock, **attrs.asdict(self.settings, recurse=False) | changes)
+            shadow = Limiter(
+                clock=self._clock, **DryRun.tried_out(attrs.asdict(self.settings, recurse=False))
+            )
             self._dry_run = DryRun(self, shadow)
             self.add_observer(self._dry_run)
 
@@ -462,7 +549,7 @@ class Limiter:
         Whether a newcomer would be served at once, as far as that does not depend on its peer.
         """
         return (
-            not (self._order or self._line.returned or self._draining)
+            not (self._order or self._returned or self._draining)
             and self._has_slot()
             and self.budget.may_serve()
         )
@@ -484,10 +571,10 @@ class Limiter:
         """
         now = self.clock.seconds()
         (since, finished), (last, _) = self._release_marks
-        if now - last > _RATE_WINDOW:
+        if not 0 <= now - last <= _RATE_WINDOW:
             self._release_marks = self._release_marks[1], (now, self._finished)
         released = self._finished - finished
-        if not released or since == -math.inf:
+        if not released or since == -math.inf or now <= since:
             return 1.0
         return min(max((self.waiting + 1) * (now - since) / released, 1.0), 3600.0)
 
@@ -504,7 +591,7 @@ class Limiter:
         if (
             len(self._active) - len(self._exempt) >= self._most
             or self._order
-            or self._line.returned
+            or self._returned
             or self._draining
             or ((_descriptors.is_short or self.budget.opens) and not self.budget.may_serve())
             or (self._further is not None and not self._further.try_acquire(connection))
@@ -513,6 +600,8 @@ class Limiter:
         self._accepted += 1
         connection.slot = slot = ref(connection, self._on_collection)
         self._active[slot] = connection.address
+        if self._served_at is not None:
+            self._served_at[slot] = self.clock.seconds()
         if self._observers:
             self._tell("served", connection, 0.0)
         return True
@@ -569,18 +658,23 @@ class Limiter:
             return
         connection.slot = None
         del self._active[slot]
+        if self._served_at:
+            self._served_at.pop(slot, None)
+            self._closing.discard(slot)
+        keys: Keys = ()
         if self._exempt and slot in self._exempt:
             self._exempt.discard(slot)
         else:
             self._finished += 1
             if self._further is not None:
+                if self._line.has_aside:
+                    keys = self._keys(connection)
                 self._further.release(connection)
         if self._observers:
             self._tell("finished", connection)
-        if self._line.outside:
-            self._call_back(connection)
-            self._serve_waiting()
-        elif self._order:
+        for key in keys:
+            self._line.call_back(key)
+        if self._order or self._returned:
             self._serve_waiting()
 
     def reclaim(self, connection: IConnection, why: str) -> None:
@@ -611,7 +705,19 @@ class Limiter:
 
         :param timeout: seconds until they are aborted; None waits as long as it takes.
         """
-        return Drain(self, {each for each in connections if each.slot is not None}).run(timeout)
+        self._drains += 1
+        self._start_timers()
+        return (
+            Drain(self, {each for each in connections if each.slot is not None})
+            .run(timeout)
+            .addBoth(self._drained)
+        )
+
+    def _drained(self, result: Any) -> Any:
+        self._drains -= 1
+        if not (self._drains or self._line):
+            self._stop_timers()
+        return result
 
     # How it is done
 
@@ -627,6 +733,16 @@ class Limiter:
         """
         return self.budget.may_wait(max(0.0, self._most - self.active))
 
+    def _serve_exempt_waiting(self) -> None:
+        """
+        Serve those who wait and are exempt now. Looks at the whole line.
+        """
+        for connection in list(self._line):
+            if connection in self._line and self._serve_exempt(connection):
+                self._leave_line(connection)
+                self._accepted -= 1  # the exempt are counted apart
+                connection.serve()
+
     def _serve_exempt(self, connection: IConnection) -> bool:
         """
         Serve the connection without a slot, if it is exempt.
@@ -639,7 +755,9 @@ class Limiter:
             ):
                 return False
         except Exception:
-            self._log.failure("{exempt} failed to tell who is exempt; nobody is", exempt=self._is_exempt)
+            self._log.failure(
+                "{exempt} failed to tell whether a peer is exempt; it is not", exempt=self._is_exempt
+            )
             return False
         connection.slot = slot = ref(connection, self._on_collection)
         self._active[slot] = connection.address
@@ -706,29 +824,59 @@ class Limiter:
         """
         A limit tells that there may be room, or, without one, anything may have changed.
         """
-        if limit is None or IKeyedLimit.providedBy(limit):
+        if limit is None or IKeyedLimit.providedBy(limit) or limit in self._failing:
             self._line.call_all_back()
         self._serve_waiting()
 
-    def _call_back(self, connection: IConnection) -> None:
+    def _key_may_have_room(self, limit: IKeyedLimit, key: Hashable) -> None:
         """
-        Let one that stands aside return for each key of which this connection may have left room.
+        A limit tells that there may be room for one more of a key.
         """
+        self._line.call_back((limit, key))
+        self._serve_waiting()
+
+    def _keys(self, connection: IConnection) -> Keys:
+        """
+        The keys of a connection, each with its limit. Of a limit that fails to tell, it is `_UNKNOWN`.
+        """
+        keys = []
         for limit in self._keyed:
-            key = limit.key(connection)
-            if limit.has_room(key):
-                self._line.call_back((limit, key))
+            try:
+                key = limit.key(connection)
+                hash(key)
+            except Exception:
+                self._log.failure("{limit} failed to tell a key; that connection stands aside", limit=limit)
+                self._failing.add(limit)
+                key = _UNKNOWN
+            keys.append((limit, key))
+        return tuple(keys)
+
+    def _has_room_for(self, key: tuple[IKeyedLimit, Hashable]) -> bool:
+        """
+        Whether there is room for one more of a key.
+        """
+        limit, its_key = key
+        if its_key is _UNKNOWN:
+            return True  # nobody knows before it is asked for a slot
+        try:
+            return limit.has_room(its_key)
+        except Exception:
+            self._log.failure("{limit} failed to tell whether a key has room; it has none", limit=limit)
+            return False
 
     def _serve_waiting(self) -> None:
         """
         Serve the line as far as there is room.
         """
         if self._serving:
+            self._looks_again = True
             return
         self._serving = True
         try:
-            while self._order or self._line.returned:
-                if not self._serve_next():
+            while self._order or self._returned:
+                self._looks_again = False
+                # A limit may have called while it was asked: then it is asked once more.
+                if not self._serve_next() and not (self._looks_again and self._serve_next()):
                     break
         finally:
             self._serving = False
@@ -742,8 +890,8 @@ class Limiter:
         """
         if not self._has_slot() or (self.budget.opens and not self.budget.may_serve()):
             return False
-        connection = self._line.next(self.clock.seconds())
-        assert connection is not None  # somebody is in the order or has returned
+        now = self.clock.seconds()
+        connection = self._line.next(now)
         if self._further is not None and not self._further.try_acquire(connection):
             return self._let_others_pass(connection)
         waited = self._leave_line(connection)
@@ -751,6 +899,8 @@ class Limiter:
         self._wait_seconds += waited
         connection.slot = slot = ref(connection, self._on_collection)
         self._active[slot] = connection.address
+        if self._served_at is not None:
+            self._served_at[slot] = now
         if self._observers:
             self._tell("served", connection, waited)
         connection.serve()
@@ -766,12 +916,23 @@ class Limiter:
             self._leave_line(connection)
             self._refuse(connection, PEER)
             return True
-        for limit in self._keyed:
-            key = limit.key(connection)
-            if not limit.has_room(key):
-                self._line.step_aside(connection, (limit, key))
-                return True
-        return False
+        assert self._further is not None
+        keys = self._keys(connection)
+        lacking = next((key for key in keys if not self._has_room_for(key)), None)
+        if lacking is None:
+            unknown = [key for key in keys if key[1] is _UNKNOWN]
+            if self._further.failed:
+                limit = self._further.lacking
+                assert limit is not None
+                self._failing.add(limit)
+                lacking = (limit, _UNKNOWN)
+                keys = (*(key for key in keys if key != lacking), lacking)
+            elif unknown:
+                lacking = unknown[0]
+            else:
+                return False
+        self._line.step_aside(connection, keys, lacking)
+        return True
 
     def _leave_line(self, connection: IConnection) -> float:
         """
@@ -779,13 +940,13 @@ class Limiter:
 
         :return: how many seconds it has waited.
         """
-        waited = self.clock.seconds() - self._line.remove(connection)
+        waited = max(0.0, self.clock.seconds() - self._line.remove(connection))
         if self._unnotified:
             self._unnotified.pop(connection, None)
-        if self._line.outside:
-            self._call_back(connection)
-        elif not self._order:
+        if not self._line:
             self._stop_timers()
+            if self._drains:
+                self._start_timers()
         return waited
 
     def _actives(self) -> list[IConnection]:
@@ -837,18 +998,24 @@ class Limiter:
         if self._observers:
             self._tell("refused", connection, reason)
 
-    def _start_timers(self) -> None:
+    def _start_timers(self, at_least: float = 0.0) -> None:
         """
         While somebody waits: see to it that whoever has waited too long is refused, that notices are given,
         and that no slot is held by a connection that is no more.
 
         One timer serves the whole line: it is set for whoever is due first, and is not moved when that one
         leaves earlier; it then finds out and is set for the next.
+
+        :param at_least: seconds before whoever waits is looked at again, whatever the order says.
         """
-        if not self.waiting:
+        if self._audit_timer is None and (self._line or self._drains):
+            now = self.clock.seconds()
+            # A look that is due stays due, however often the line is empty meanwhile.
+            if not now - _AUDIT_INTERVAL <= self._audit_due <= now + _AUDIT_INTERVAL:
+                self._audit_due = now + _AUDIT_INTERVAL
+            self._audit_timer = self.clock.callLater(max(0.0, self._audit_due - now), self._audit)
+        if not self._line:
             return
-        if self._audit_timer is None:
-            self._audit_timer = self.clock.callLater(_AUDIT_INTERVAL, self._audit)
         due = self._due()
         if due is None:
             return
@@ -856,13 +1023,14 @@ class Limiter:
             if self._timer.getTime() <= due:
                 return
             self._timer.cancel()
-        self._timer = self.clock.callLater(max(0.0, due - self.clock.seconds()), self._time_over)
+        delay = max(at_least, due - self.clock.seconds())
+        self._timer = self.clock.callLater(delay, self._time_over)
 
     def _due(self) -> float | None:
         """
         When there is something to do for somebody who waits, at the earliest.
         """
-        times = [self._line.expires()]
+        times = [self._order.expires() if self._order else None]
         timeout, notice = self.settings.wait_timeout, self.settings.notice
         if timeout is not None:
             times.append(self._line.oldest()[1] + timeout)
@@ -886,49 +1054,110 @@ class Limiter:
         Free the slots of active connections whose sockets are no more, and of those that are idle.
         """
         self._audit_timer = None
+        self._audit_due = self.clock.seconds() + _AUDIT_INTERVAL
         self._reclaim_collected()
         actives = self._actives()
         for connection in actives:
             if connection.is_dead():
                 connection.abort()
                 self.reclaim(connection, "its socket is gone or was reset, and it did not notice")
+        for limit in tuple(self._failing):
+            self._line.call_back((limit, _UNKNOWN))
+        self._serve_waiting()
         if self.settings.idle_timeout is not None:
             self._close_idle(actives, self.settings.idle_timeout)
-        self._serve_waiting()
         self._start_timers()
         if self._refusing and self._refusal_timer is None:
             self._refuse_if_useless()
 
     def _close_idle(self, actives: list[IConnection], timeout: float) -> None:
         """
-        Close those who were idle for too long, longest idle first, as many as wait.
+        Close those who were idle for too long, longest idle first, as many as that would really serve.
         """
-        idle = [
-            (seconds, number)
-            for number, connection in enumerate(actives)
-            if connection.slot not in self._exempt and (seconds := connection.idle()) is not None
-        ]
-        for seconds, number in nlargest(self.waiting, idle):
-            if seconds >= timeout and actives[number].slot is not None:
+        wanted = self._wanted()
+        if not wanted:
+            return
+        idle = []
+        for connection in actives:
+            slot = connection.slot
+            if slot is None or slot in self._exempt:
+                continue
+            if slot in self._closing:
+                self._take_wanted(wanted, connection)
+            elif (seconds := self._idle(connection)) is not None and seconds >= timeout:
+                idle.append((seconds, connection))
+        for _seconds, connection in sorted(idle, key=itemgetter(0), reverse=True):
+            if not wanted:
+                break
+            if connection.slot is not None and self._take_wanted(wanted, connection):
                 self._idle_closed += 1
-                actives[number].close()
+                self._closing.add(connection.slot)
+                connection.close()
+
+    def _wanted(self) -> Counter[Hashable]:
+        """
+        How many of those who wait would be served if any slot were free (None), and if one of a key were.
+        """
+        further = self._further
+        wanted: Counter[Hashable] = Counter(self._line.aside())
+        ready = self._line.ready
+        if (
+            self._has_slot()
+            and self.budget.may_serve()
+            and further is not None
+            and further.lacking is self._rate
+        ):
+            ready = 0  # slots are there
+        if ready and self._most < math.inf:
+            ready += max(0, len(self._active) - len(self._exempt) - int(self._most))
+        if self._rate is not None:
+            soon = math.ceil(self._rate.within(_AUDIT_INTERVAL))
+            ready = min(ready, soon)
+            wanted = Counter({key: min(count, soon) for key, count in wanted.items()})
+        wanted[None] = ready
+        return +wanted
+
+    def _take_wanted(self, wanted: Counter[Hashable], connection: IConnection) -> bool:
+        """
+        Whether the end of a connection would serve somebody; that one is counted no more.
+        """
+        for key in (None, *self._keys(connection)):
+            if key in wanted:
+                wanted[key] -= 1
+                if not wanted[key]:
+                    del wanted[key]
+                return True
+        return False
+
+    def _idle(self, connection: IConnection) -> float | None:
+        """
+        For how many seconds a connection has moved no byte since it was served.
+        """
+        assert self._served_at is not None
+        seconds = connection.idle()
+        if seconds is None:
+            return None
+        return min(seconds, self.clock.seconds() - self._served_at.get(connection.slot, self._served_at_from))
 
     def _time_over(self) -> None:
         self._timer = None
         now, timeout = self.clock.seconds(), self.settings.wait_timeout
-        while self.waiting:
-            connection, arrived = self._line.oldest()
-            if not self._line.has_expired(connection, now) and (timeout is None or arrived + timeout > now):
-                break
+        while self._line:
+            connection = self._line.expired(now)
+            if connection is None:
+                connection, arrived = self._line.oldest()
+                if timeout is None or arrived + timeout > now:
+                    break
             self._leave_line(connection)
             self._refuse(connection, TIMEOUT)
         if self.settings.notice is not None:
             self._give_notice(now, *self.settings.notice)
-        self._start_timers()
+        self._start_timers(_LEAST_DELAY)
         self._serve_waiting()
 
     def _give_notice(self, now: float, after: float, what: Any) -> None:
-        for connection, arrived in list(self._unnotified.items()):
+        while self._unnotified:
+            connection, arrived = next(iter(self._unnotified.items()))
             if arrived + after > now:
                 break
             del self._unnotified[connection]
@@ -952,6 +1181,9 @@ class Limiter:
 _OF_THE_LINE = {"order", "peer_prefix", "adaptive_target", "adaptive_interval"}
 _OF_THE_LIMITS = {"max_connections", "max_per_peer", "peer_prefix", "max_rate", "max_burst", "dry_run"}
 _OF_THE_TIMERS = {"wait_timeout", "notice", "order", "adaptive_target", "adaptive_interval"}
+
+#: The key of a connection of which a limit has failed to tell it, or failed altogether.
+_UNKNOWN = object()
 
 
 def _checked_clock(clock: object) -> IReactorTime:

@@ -4,18 +4,22 @@ The waiting line: who waits, since when, and whose turn it is.
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Mapping
-from heapq import heappop, heappush
+from heapq import heapify, heappop, heappush
 from itertools import count
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
+import attrs
 from twisted.internet.interfaces import IAddress
+from twisted.logger import Logger
 from zope.interface import implementer
 
 from connlimit.interfaces import IConnection, IWaitingLine
 
+T = TypeVar("T")
 Peer: TypeAlias = Callable[[IAddress], Hashable]
+Keys: TypeAlias = tuple[Any, ...]
 
 
 @implementer(IWaitingLine)
@@ -179,6 +183,79 @@ class Adaptive(Fifo):
         return self._above is not None and now - self._above >= self._interval
 
 
+class Guarded(Fifo):
+    """
+    Keeps an order that somebody else wrote: if that raises, or names somebody who does not wait, that is
+    logged, it is asked no more, and from then on it is first come, first served.
+    """
+
+    _log = Logger()
+
+    def __init__(self, order: IWaitingLine) -> None:
+        super().__init__()
+        self._order: IWaitingLine | None = order
+
+    def _ask(self, method: str, *arguments: Any) -> Any:
+        """
+        What the order answers; None if it fails, or has failed before.
+        """
+        if self._order is not None:
+            try:
+                return getattr(self._order, method)(*arguments)
+            except Exception:
+                self._log.failure(
+                    "{order} failed to {method}; first come, first served from now on",
+                    order=self._order,
+                    method=method,
+                )
+                self._order = None
+        return None
+
+    def add(self, connection: IConnection, now: float) -> None:
+        """
+        See `IWaitingLine.add`.
+        """
+        super().add(connection, now)
+        self._ask("add", connection, now)
+
+    def remove(self, connection: IConnection) -> float:
+        """
+        See `IWaitingLine.remove`.
+        """
+        arrived = super().remove(connection)
+        self._ask("remove", connection)
+        return arrived
+
+    def next(self, now: float) -> IConnection:
+        """
+        See `IWaitingLine.next`.
+        """
+        connection: Any = self._ask("next", now)
+        if connection is not None and isinstance(connection, Hashable) and connection in self:
+            return connection  # type: ignore[return-value]
+        if self._order is not None:
+            self._log.error(
+                "{order} named {connection}, who does not wait; first come, first served from now on",
+                order=self._order,
+                connection=connection,
+            )
+            self._order = None
+        return super().next(now)
+
+    def expires(self) -> float | None:
+        """
+        See `IWaitingLine.expires`.
+        """
+        expires = self._ask("expires")
+        return expires if isinstance(expires, (int, float)) else None
+
+    def has_expired(self, connection: IConnection, now: float) -> bool:
+        """
+        See `IWaitingLine.has_expired`.
+        """
+        return bool(self._ask("has_expired", connection, now))
+
+
 #: The orders by the names that the setting has for them.
 ORDERS: Mapping[str, Callable[[Any, Peer], Fifo]] = {
     "fifo": lambda settings, peer: Fifo(),
@@ -188,46 +265,146 @@ ORDERS: Mapping[str, Callable[[Any, Peer], Fifo]] = {
 }
 
 
-class Line:
+def new_order(settings: Any, peer: Peer) -> Fifo:
     """
-    Everybody who waits: those in the order, and those who stand aside because their own key has no room.
+    An empty queue in the order that the settings ask for, by its name or by what makes it.
+    """
+    order = settings.order
+    return ORDERS[order](settings, peer) if order in ORDERS else Guarded(order(settings, peer))
 
-    One whose turn comes and whose peer is at its cap steps aside, so that others pass. When its peer may have
-    room it returns, and goes before those in the order: its turn has come already. Nothing here looks at more
-    than one connection, however many stand aside.
+
+class Ranked(dict[T, list[Any]]):
+    """
+    Who comes first, of things that anybody may take out again; of one that is out nothing is kept.
     """
 
-    def __init__(self, order: IWaitingLine) -> None:
-        self.order = order
-        # By key, in the order in which they stepped aside.
-        self._aside: dict[Hashable, OrderedDict[IConnection, float]] = {}
-        # The key of each who stands aside or has returned.
-        self.outside: dict[IConnection, Hashable] = {}
-        self.returned: dict[IConnection, float] = {}
-        # Those who stepped aside or returned, by arrival; who has left since is skipped.
-        self._by_arrival: list[tuple[float, int, IConnection]] = []
-        self._turns: list[tuple[float, int, IConnection]] = []
+    def __init__(self) -> None:
+        super().__init__()
+        # One that is out leaves an entry without it behind, until it comes first or half of them are such.
+        self._heap: list[list[Any]] = []
         self._number = count()
 
+    def add(self, thing: T, rank: float) -> None:
+        """
+        Put something in; of equals, what comes in first comes first.
+        """
+        self[thing] = entry = [rank, next(self._number), thing]
+        heappush(self._heap, entry)
+
+    def remove(self, thing: T) -> float:
+        """
+        Take something out, wherever it stands, and return its rank.
+        """
+        entry = self.pop(thing)
+        entry[2] = None
+        if len(self._heap) > 2 * len(self):
+            self._heap = [each for each in self._heap if each[2] is not None]
+            heapify(self._heap)
+        rank: float = entry[0]
+        return rank
+
+    def rank(self, thing: T) -> float:
+        """
+        The rank of something that is in.
+        """
+        rank: float = self[thing][0]
+        return rank
+
+    def first(self) -> T:
+        """
+        What comes first. Only called while something is in.
+        """
+        while self._heap[0][2] is None:
+            heappop(self._heap)
+        first: T = self._heap[0][2]
+        return first
+
+
+@attrs.define(eq=False)
+class _Group:
+    """
+    Those who stand aside with the same keys, in the order in which they stepped aside.
+
+    :ivar keys: the keys of each of them.
+    :ivar lacking: which of the keys had no room when that was looked at last.
+    """
+
+    keys: Keys
+    lacking: Hashable
+    connections: OrderedDict[IConnection, None] = attrs.Factory(OrderedDict)
+
+
+class Line:
+    """
+    Everybody who waits: those in the order, and those who stand aside because a key of theirs has no room.
+
+    One whose turn comes and whose key has no room steps aside, so that others pass. When all of its keys have
+    room it returns, and goes before those in the order: its turn has come already. Those with the same keys
+    stand together, below one key that has no room; when that gets room, the first of them returns, or all
+    of them move below another key that has none. So nothing here looks at more than one of a group.
+
+    :ivar order: those whose turn has not come yet.
+    :ivar returned: those who have returned, by arrival.
+    """
+
+    def __init__(self, order: Fifo, has_room: Callable[[Any], bool]) -> None:
+        """
+        :param order: an empty queue.
+        :param has_room: whether there is room for one more of a key.
+        """
+        self.order = order
+        self._has_room = has_room
+        # By arrival: those who stand aside or have returned, and of them those who have returned.
+        self._outside: Ranked[IConnection] = Ranked()
+        self.returned: Ranked[IConnection] = Ranked()
+        self._keys: dict[IConnection, Keys] = {}
+        self._groups: dict[Keys, _Group] = {}
+        # The groups by the key that each lacks, in the order in which their first ones stepped aside.
+        self._below: dict[Hashable, Ranked[_Group]] = {}
+        self._steps = count()
+        self._stepped: dict[IConnection, int] = {}
+
     def __len__(self) -> int:
-        return len(self.order) + len(self.outside)
+        return len(self.order) + len(self._outside)
 
     def __contains__(self, connection: IConnection) -> bool:
-        return connection in self.order or connection in self.outside
+        return connection in self.order or connection in self._outside
 
     def __iter__(self) -> Iterator[IConnection]:
-        if not self.outside:
+        if not self._outside:
             return iter(self.order)
-        return iter(sorted([*self.order, *self.outside], key=self.arrival))
+        return iter(sorted([*self.order, *self._outside], key=self.arrival))
+
+    @property
+    def ready(self) -> int:
+        """
+        How many do not stand aside.
+        """
+        return len(self.order) + len(self.returned)
+
+    @property
+    def has_aside(self) -> bool:
+        """
+        Whether somebody stands aside.
+        """
+        return bool(self._groups)
+
+    def aside(self) -> dict[Hashable, int]:
+        """
+        How many stand aside below each key that has no room. Looks at each group.
+        """
+        below: Counter[Hashable] = Counter()
+        for group in self._groups.values():
+            below[group.lacking] += len(group.connections)
+        return below
 
     def arrival(self, connection: IConnection) -> float:
         """
         When the connection arrived, in seconds.
         """
-        key = self.outside.get(connection, _NOWHERE)
-        if key is _NOWHERE:
-            return self.order.arrival(connection)
-        return self.returned[connection] if connection in self.returned else self._aside[key][connection]
+        return (
+            self._outside.rank(connection) if connection in self._outside else self.order.arrival(connection)
+        )
 
     def add(self, connection: IConnection, now: float) -> None:
         """
@@ -238,94 +415,124 @@ class Line:
     def remove(self, connection: IConnection) -> float:
         """
         Take the connection out, wherever it stands, and return the time of its arrival.
-        """
-        if not self.outside:
-            return self.order.remove(connection)
-        key = self.outside.pop(connection, _NOWHERE)
-        if key is _NOWHERE:
-            arrived = self.order.remove(connection)
-        elif connection in self.returned:
-            arrived = self.returned.pop(connection)
-        else:
-            arrived = self._leave_aside(key, connection)
-        if not self.outside:
-            self._by_arrival.clear()
-            self._turns.clear()
-        return arrived
 
-    def next(self, now: float) -> IConnection | None:
+        The call of one who had returned goes to the next of each of its keys.
         """
-        Whose turn it is; None if all stand aside.
+        if connection not in self._outside:
+            return self.order.remove(connection)
+        keys = self._keys.pop(connection)
+        if connection in self.returned:
+            self.returned.remove(connection)
+            arrived = self._outside.remove(connection)
+            for key in keys:
+                self.call_back(key)
+            return arrived
+        self._leave_group(self._groups[keys], connection)
+        return self._outside.remove(connection)
+
+    def next(self, now: float) -> IConnection:
         """
-        while self._turns:
-            connection = self._turns[0][2]
-            if connection in self.returned:
-                return connection
-            heappop(self._turns)
-        return self.order.next(now) if self.order else None
+        Whose turn it is. Only called while somebody does not stand aside.
+        """
+        return self.returned.first() if self.returned else self.order.next(now)
 
     def oldest(self) -> tuple[IConnection, float]:
         """
         Who has waited longest, and the time of its arrival.
         """
-        while self._by_arrival:
-            arrived, _, connection = self._by_arrival[0]
-            if connection in self.outside:
-                if self.order and self.order.oldest()[1] <= arrived:
-                    break
-                return connection, arrived
-            heappop(self._by_arrival)
-        return self.order.oldest()
+        if not self._outside:
+            return self.order.oldest()
+        first = self._outside.first()
+        arrived = self._outside.rank(first)
+        if self.order and (oldest := self.order.oldest())[1] <= arrived:
+            return oldest
+        return first, arrived
 
-    def expires(self) -> float | None:
+    def expired(self, now: float) -> IConnection | None:
         """
-        See `IWaitingLine.expires`.
+        Who has waited too long, as the order says. For those who stand aside there is no such time: their own
+        key makes them wait.
         """
-        return self.order.expires()
+        if not self.order:
+            return None
+        connection, _arrived = self.order.oldest()
+        return connection if self.order.has_expired(connection, now) else None
 
-    def has_expired(self, connection: IConnection, now: float) -> bool:
+    def step_aside(self, connection: IConnection, keys: Keys, lacking: Hashable) -> None:
         """
-        See `IWaitingLine.has_expired`.
-        """
-        return connection in self.order and self.order.has_expired(connection, now)
+        Let others pass: a key of the connection has no room.
 
-    def step_aside(self, connection: IConnection, key: Hashable) -> None:
+        :param keys: all keys of the connection.
+        :param lacking: the one of them that has no room.
         """
-        Let others pass: the connection's key has no room.
-        """
-        if self._turns and self._turns[0][2] is connection:
-            heappop(self._turns)
-        known = connection in self.outside
-        arrived = self.remove(connection)
-        self.outside[connection] = key
-        self._aside.setdefault(key, OrderedDict())[connection] = arrived
-        if not known or not self._by_arrival:
-            heappush(self._by_arrival, (arrived, next(self._number), connection))
+        if connection in self.returned:
+            self.returned.remove(connection)
+            was_called = True
+        else:
+            self._outside.add(connection, self.order.remove(connection))
+            was_called = False
+        self._keys[connection] = keys
+        self._stepped[connection] = next(self._steps)
+        group = self._groups.get(keys)
+        if group is None:
+            group = self._groups[keys] = _Group(keys, lacking)
+            group.connections[connection] = None
+            self._put_below(group, lacking)
+        else:
+            group.connections[connection] = None
+        if was_called:
+            # It could not use the room that it was called for.
+            for key in keys:
+                if key != lacking:
+                    self.call_back(key)
 
     def call_back(self, key: Hashable) -> None:
         """
-        There may be room for one more of this key: the first who stands aside for it returns.
+        There may be room for one more of this key: the first who stands aside for it alone returns.
         """
-        if key in self._aside:
-            connection = next(iter(self._aside[key]))
-            arrived = self._leave_aside(key, connection)
-            self.returned[connection] = arrived
-            heappush(self._turns, (arrived, next(self._number), connection))
+        while (groups := self._below.get(key)) is not None:
+            group = groups.first()
+            lacking = next((each for each in group.keys if not self._has_room(each)), _NOTHING)
+            if lacking is _NOTHING:
+                connection = next(iter(group.connections))
+                self._leave_group(group, connection)
+                self.returned.add(connection, self._outside.rank(connection))
+                return
+            if lacking == key:
+                return
+            self._take_from_below(group)
+            self._put_below(group, lacking)
 
     def call_all_back(self) -> None:
         """
         There may be room for anybody. Looks at all who stand aside.
         """
-        for key in list(self._aside):
-            while key in self._aside:
-                self.call_back(key)
+        for connection in self._stepped:
+            self.returned.add(connection, self._outside.rank(connection))
+        self._stepped.clear()
+        self._groups.clear()
+        self._below.clear()
 
-    def _leave_aside(self, key: Hashable, connection: IConnection) -> float:
-        its = self._aside[key]
-        arrived = its.pop(connection)
-        if not its:
-            del self._aside[key]
-        return arrived
+    def _leave_group(self, group: _Group, connection: IConnection) -> None:
+        was_first = next(iter(group.connections)) is connection
+        del group.connections[connection]
+        del self._stepped[connection]
+        if was_first:
+            self._take_from_below(group)
+            if group.connections:
+                self._put_below(group, group.lacking)
+            else:
+                del self._groups[group.keys]
+
+    def _put_below(self, group: _Group, key: Hashable) -> None:
+        group.lacking = key
+        self._below.setdefault(key, Ranked()).add(group, self._stepped[next(iter(group.connections))])
+
+    def _take_from_below(self, group: _Group) -> None:
+        groups = self._below[group.lacking]
+        groups.remove(group)
+        if not groups:
+            del self._below[group.lacking]
 
 
-_NOWHERE = object()
+_NOTHING = object()

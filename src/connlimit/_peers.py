@@ -33,6 +33,12 @@ class UNIXPeer(UNIXAddress):
         super().__init__(name)
         self.uid = uid
 
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, UNIXPeer) and (self.name, self.uid) == (other.name, other.uid)
+
+    def __hash__(self) -> int:
+        return hash((self.name, self.uid))
+
 
 def prefix_lengths(value: Sequence[int]) -> tuple[int, int]:
     """

@@ -4,7 +4,7 @@ The interfaces by which connlimit is extended: limits, lines, refusals and obser
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable
 from typing import TYPE_CHECKING, Any
 
 from twisted.internet.interfaces import IAddress, IProtocol, IProtocolFactory
@@ -87,7 +87,8 @@ class ILimit(Interface):
 
     def try_acquire(connection: IConnection) -> bool:
         """
-        Take a slot for the connection.
+        Take a slot for the connection. If this raises, the connection lets others pass, and is tried again
+        when the limit calls and once a second, in turn with others.
 
         :return: True if it now holds a slot, False if there is none for it at the moment.
         """
@@ -112,7 +113,8 @@ class IKeyedLimit(ILimit):
     """
     A limit that can have room for one connection and none for another, by a key that each has.
 
-    A connection whose key has no room lets others pass it in the line.
+    A connection whose key has no room lets others pass it in the line. So does one of which the limit fails
+    to tell the key.
     """
 
     def key(connection: IConnection) -> Hashable:
@@ -122,7 +124,7 @@ class IKeyedLimit(ILimit):
 
     def has_room(key: Hashable) -> bool:
         """
-        Whether a connection of this key would get a slot.
+        Whether a connection of this key would get a slot. If this raises, it would not.
         """
 
 
@@ -141,43 +143,21 @@ class IRefusingLimit(ILimit):
 class IWaitingLine(Interface):
     """
     The order in which waiting connections are served. Every operation takes constant or logarithmic time.
+
+    One that raises, or names somebody who does not wait, is logged and asked no more: from then on those who
+    wait are served in the order of their arrival.
     """
-
-    def __len__() -> int:
-        """
-        How many wait.
-        """
-
-    def __iter__() -> Iterator[IConnection]:
-        """
-        Those who wait, longest waiting first.
-        """
-
-    def __contains__(connection: IConnection) -> bool:
-        """
-        Whether the connection waits here.
-        """
 
     def add(connection: IConnection, now: float) -> None:
         """
         Put the connection in the line.
 
-        :param now: the time of its arrival in seconds, never less than that of the connection before it.
+        :param now: the time in seconds.
         """
 
-    def remove(connection: IConnection) -> float:
+    def remove(connection: IConnection) -> object:
         """
-        Take the connection out, wherever it stands.
-
-        :return: the time of its arrival in seconds.
-        :raises KeyError: if it does not wait here.
-        """
-
-    def arrival(connection: IConnection) -> float:
-        """
-        The time of the connection's arrival in seconds.
-
-        :raises KeyError: if it does not wait here.
+        Take the connection out, wherever it stands. Only called for one that was put in.
         """
 
     def next(now: float) -> IConnection:
@@ -187,14 +167,10 @@ class IWaitingLine(Interface):
         :param now: the time in seconds.
         """
 
-    def oldest() -> tuple[IConnection, float]:
-        """
-        Who has waited longest, and the time of its arrival in seconds. Only called while somebody waits.
-        """
-
     def expires() -> float | None:
         """
-        When the line itself may find that somebody has waited too long, whatever ``wait_timeout`` says.
+        When the line itself may find that somebody has waited too long, whatever ``wait_timeout`` says. Only
+        called while somebody waits.
 
         :return: a time in seconds; None if it never does.
         """

@@ -7,13 +7,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from types import MappingProxyType
-from typing import cast
+from typing import Any
 
+import attrs
 from twisted.internet.interfaces import IAddress, IDelayedCall, IReactorTime
 from twisted.logger import Logger
 from zope.interface import implementer
 
 from connlimit._system.bounded_log import BoundedLog
+from connlimit._system.clock import ReactorClock
 from connlimit.interfaces import IConnection, IKeyedLimit, ILimit
 
 
@@ -23,6 +25,7 @@ class _Announcing:
     """
 
     def __init__(self) -> None:
+        self._log = BoundedLog(Logger())
         self._subscribers: list[Callable[[], None]] = []
 
     def subscribe(self, callback: Callable[[], None]) -> None:
@@ -32,8 +35,14 @@ class _Announcing:
         self._subscribers.append(callback)
 
     def _tell(self) -> None:
-        for callback in self._subscribers:
-            callback()
+        self._call(self._subscribers)
+
+    def _call(self, subscribers: Iterable[Callable[..., None]], *arguments: object) -> None:
+        for subscriber in tuple(subscribers):
+            try:
+                subscriber(*arguments)
+            except Exception:
+                self._log.failure("{subscriber} failed to hear that there may be room", subscriber=subscriber)
 
 
 class _Slots(_Announcing):
@@ -93,12 +102,16 @@ class Total(_Slots):
         See `ILimit.release`.
         """
         self.in_use -= 1
+        if len(self._subscribers) > 1:  # several limiters draw on it
+            self._tell()
 
 
 @implementer(IKeyedLimit)
-class PerKey(_Slots):
+class PerPeer(_Slots):
     """
     So many slots for each key. A key of which nothing is held is forgotten.
+
+    The function that gives the keys must not fail, and give the same key for the same address.
     """
 
     def __init__(self, slots: int | None, key: Callable[[IAddress], Hashable]) -> None:
@@ -109,6 +122,13 @@ class PerKey(_Slots):
         super().__init__(slots)
         self._key = key
         self._in_use: dict[Hashable, int] = {}
+        self._key_subscribers: list[Callable[[Hashable], None]] = []
+
+    def subscribe_key(self, callback: Callable[[Hashable], None]) -> None:
+        """
+        Call *callback* with a key whenever there may be room for one more of it, by what somebody gave back.
+        """
+        self._key_subscribers.append(callback)
 
     def in_use(self) -> Mapping[Hashable, int]:
         """
@@ -158,6 +178,86 @@ class PerKey(_Slots):
             self._in_use[key] = left
         else:
             del self._in_use[key]
+        if len(self._key_subscribers) > 1:  # several limiters draw on it
+            self._call(self._key_subscribers, key)
+
+
+class PerKey(PerPeer):
+    """
+    So many slots for each key. A key of which nothing is held is forgotten.
+
+    The function that gives the keys is asked once for each address that holds slots. If it fails, or gives
+    nothing that can be a key, that is logged and the address is a key of its own.
+    """
+
+    def __init__(self, slots: int | None, key: Callable[[IAddress], Hashable]) -> None:
+        """
+        :param slots: how many for each key; None for no limit.
+        :param key: gives the key of a client's address; None is never limited.
+        """
+        super().__init__(slots, self._known_key)
+        self._function = key
+        # The key of each address that holds slots, and how many it holds.
+        self._held: dict[IAddress, list[Any]] = {}
+
+    def _known_key(self, address: IAddress) -> Hashable:
+        held = self._held.get(address)
+        return held[0] if held is not None else self._asked(address)
+
+    def _asked(self, address: IAddress) -> Hashable:
+        try:
+            key = self._function(address)
+            hash(key)
+        except Exception:
+            self._log.failure(
+                "{key} gave no key of {peer}, which is one of its own", key=self._function, peer=address
+            )
+            return _OwnKey(address)
+        return key
+
+    def try_acquire(self, connection: IConnection) -> bool:
+        """
+        See `ILimit.try_acquire`.
+        """
+        address = connection.address
+        key = self._known_key(address)
+        if not self.has_room(key):
+            return False
+        self._take(key)
+        self._hold(address, key)
+        return True
+
+    def count(self, addresses: Iterable[IAddress]) -> None:
+        """
+        Count clients that hold a slot already.
+        """
+        for address in addresses:
+            key = self._known_key(address)
+            self._take(key)
+            self._hold(address, key)
+
+    def _hold(self, address: IAddress, key: Hashable) -> None:
+        held = self._held.setdefault(address, [key, 0])
+        held[1] += 1
+
+    def release(self, connection: IConnection) -> None:
+        """
+        See `ILimit.release`.
+        """
+        super().release(connection)
+        held = self._held[connection.address]
+        held[1] -= 1
+        if not held[1]:
+            del self._held[connection.address]
+
+
+@attrs.frozen
+class _OwnKey:
+    """
+    The key of an address for which none could be found.
+    """
+
+    address: IAddress
 
 
 @implementer(ILimit)
@@ -173,24 +273,39 @@ class Rate(_Announcing):
         :param clock: where the time comes from; the reactor if not given.
         """
         super().__init__()
-        self._rate = rate
-        self._most = max(1.0, rate if burst is None else burst)
-        self._clock = clock
+        self._clock: IReactorTime = ReactorClock() if clock is None else clock
+        self._set(rate, burst)
         self._tokens = self._most
         self._counted = -math.inf
         self._timer: IDelayedCall | None = None
+
+    def _set(self, rate: float, burst: int | None) -> None:
+        self._rate = rate
+        self._most = max(1.0, rate if burst is None else burst)
+
+    def change(self, rate: float, burst: int | None) -> None:
+        """
+        Have another rate from now on. What was taken remains taken.
+        """
+        self._count()
+        self._set(rate, burst)
+        self._tokens = min(self._tokens, self._most)
+        if self._timer is not None:
+            self._timer.cancel()
+            self._time_over()
+
+    def within(self, seconds: float) -> float:
+        """
+        How many slots there will be to take within so many seconds, from now on.
+        """
+        self._count()
+        return min(self._most, self._tokens) + seconds * self._rate
 
     def try_acquire(self, connection: IConnection) -> bool:
         """
         See `ILimit.try_acquire`.
         """
-        if self._clock is None:
-            from twisted.internet import reactor
-
-            self._clock = cast(IReactorTime, reactor)
-        now = self._clock.seconds()
-        self._tokens = min(self._most, self._tokens + (now - self._counted) * self._rate)
-        self._counted = now
+        self._count()
         # A little less than one will do: the timer is set for one, and sums of fractions are inexact.
         if self._tokens > 1 - 1e-6:
             self._tokens = max(0.0, self._tokens - 1)
@@ -198,6 +313,14 @@ class Rate(_Announcing):
         if self._timer is None:
             self._timer = self._clock.callLater((1 - self._tokens) / self._rate, self._time_over)
         return False
+
+    def _count(self) -> None:
+        """
+        Put what has come since the last time into the bucket.
+        """
+        now = self._clock.seconds()
+        self._tokens = min(self._most, self._tokens + max(0.0, now - self._counted) * self._rate)
+        self._counted = now
 
     def release(self, connection: IConnection) -> None:
         """
@@ -224,7 +347,13 @@ class All:
     Several limits at once: a connection holds a slot of each, or of none.
 
     A limit that raises when it is asked is logged and counts as having no room.
+
+    :ivar lacking: the limit that had no slot when all were asked last; None if each had one.
+    :ivar failed: whether it raised.
     """
+
+    lacking: ILimit | None = None
+    failed = False
 
     def __init__(self, limits: Sequence[ILimit]) -> None:
         self._log = BoundedLog(Logger())
@@ -244,9 +373,13 @@ class All:
                     break
                 held += 1
             else:
+                self.lacking = None
                 return True
+            self.failed = False
         except Exception:
             self._log.failure("{limit} failed to answer; no slot is taken", limit=self.limits[held])
+            self.failed = True
+        self.lacking = self.limits[held]
         self.release(connection, held)
         return False
 
