@@ -27,7 +27,6 @@ EXTRAS = {
     "_redis": {"txredisapi"},
     "_sentinel": {"txredisapi"},
     "_toml": {"tomli", "tomllib"},
-    "semaphores._client": {"treq"},
 }
 
 

@@ -235,8 +235,6 @@ def test_an_endpoint_string_is_one(block: Block, certificate: Path) -> None:
 
 @ensureDeferred
 async def test_the_code_that_takes_locks_takes_them(tmp_path: Path) -> None:
-    import treq  # noqa: F401
-
     python = [block for block in BLOCKS if block.page == "semaphores.rst" and block.language == "python"]
     shell = [block for block in BLOCKS if block.page == "semaphores.rst" and block.language == "sh"]
     with Log() as log, ours(tmp_path, text=(EXAMPLES / "throttle.toml").read_text()) as server:

@@ -154,7 +154,8 @@ for module in pkgutil.walk_packages(connlimit.__path__, "connlimit."):
 try:
     from connlimit.semaphores import Semaphores
     Semaphores("http://localhost:8000")
-except ImportError as error:
+    Semaphores("https://localhost:8000")
+except ValueError as error:
     print(error)
 """
 
@@ -164,7 +165,7 @@ def test_the_core_alone_works_and_says_which_extra_it_lacks(built: Path, environ
     environment.install(str(wheel))
     try:
         lacking = environment.run("python", "-c", CORE_ALONE).splitlines()
-        assert lacking.pop() == "semaphores need treq: pip install 'connlimit[semaphores]'"
+        assert lacking.pop() == "url with https needs pyOpenSSL: pip install 'connlimit[tls]'"
         assert dict(line.split() for line in lacking) == {
             "connlimit._redis": "txredisapi",
             "connlimit._redis_address": "txredisapi",

@@ -4,11 +4,16 @@ The client for Twisted, with our own server and with the original one.
 
 from __future__ import annotations
 
+import gzip
+import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
+from base64 import b64encode
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +26,9 @@ from twisted.internet import reactor
 from twisted.internet.defer import CancelledError, gatherResults
 from twisted.internet.defer import ensureDeferred as start
 from twisted.internet.task import deferLater
+from twisted.internet.threads import deferToThread
 
 from connlimit.semaphores import SemaphoreError, Semaphores
-
-pytest.importorskip("treq")
 
 
 @pytest.fixture(scope="module", params=[ours, original], ids=["our server", "the original server"])
@@ -204,8 +208,6 @@ async def test_a_lock_that_could_not_be_given_back_is_given_back_when_the_server
     """
     The server is stopped, and not killed: it knows of the lock all the time.
     """
-    import signal
-
     with ours(tmp_path) as server:
         semaphores = client(server)
         lock = semaphores.lock("C")
@@ -255,6 +257,186 @@ async def test_what_is_no_server_of_semaphores_is_told_as_such(tmp_path: Path) -
         with pytest.raises(TimeoutError):
             await semaphores.lock("A", timeout=0).acquire()
         thread.join(PATIENCE)
+    await semaphores.close()
+
+
+#: Asks for a lock of C, says so, and waits for ever.
+ASKING = """
+import sys
+from twisted.internet import reactor
+from connlimit.semaphores import Semaphores
+lock = Semaphores(sys.argv[1]).lock("C")
+lock.acquire().addCallback(lambda _: print("held", flush=True))
+reactor.callLater(0.5, print, "asked", flush=True)
+reactor.run()
+"""
+
+
+@ensureDeferred
+async def test_what_a_killed_process_waited_for_goes_to_the_next_within_seconds(tmp_path: Path) -> None:
+    with ours(tmp_path) as server:
+        semaphores = client(server)
+        held = await semaphores.lock("C").acquire()
+        url = f"http://127.0.0.1:{server.port}"
+        dead = [
+            subprocess.Popen([sys.executable, "-c", ASKING, url], stdout=subprocess.PIPE, text=True)
+            for _ in range(3)
+        ]
+        try:
+            for each in dead:
+                assert await deferToThread(each.stdout.readline) == "asked\n"
+            waiting = semaphores.lock("C").acquire()
+            await until(lambda: 'throttle_pending{semaphore="C"} 4' in server.ask("GET", "/metrics")[1])
+        finally:
+            for each in dead:
+                each.kill()
+                each.communicate()
+        await held.release()
+        began = time.monotonic()
+        await (await patiently(waiting)).release()
+        assert time.monotonic() - began < 8
+        await semaphores.close()
+
+
+@ensureDeferred
+async def test_two_locks_that_a_new_peer_asks_for_at_once_are_both_given_back(server: Server) -> None:
+    semaphores = client(server)
+    peer = semaphores.peer()
+    first, second = peer.lock("C").acquire(), peer.lock("C").acquire()
+    for each in (first, second):
+        each.addErrback(lambda failure: failure.trap(SemaphoreError))
+    await patiently(gatherResults([first, second]))
+    for name in list(peer._held):
+        await peer.release(name)
+    assert await semaphores.remainder("C") == 1
+    await semaphores.close()
+
+
+@ensureDeferred
+async def test_cancelled_at_any_moment_it_leaves_no_peer(tmp_path: Path) -> None:
+    with ours(tmp_path) as server:
+        semaphores = client(server)
+        for turns in range(40):
+            acquiring = semaphores.lock("A").acquire()
+            acquiring.addErrback(lambda failure: failure.trap(CancelledError))
+            for _ in range(turns % 20):
+                await deferLater(reactor, 0.0005, lambda: None)
+            if acquiring.called:
+                await (await acquiring).release()
+            else:
+                acquiring.cancel()
+        await until(lambda: server.ask("GET", "/peers/") == (200, "[]"))
+        assert await semaphores.remainder("A") == 5
+        await semaphores.close()
+
+
+@ensureDeferred
+async def test_a_lock_is_lost_when_the_server_was_not_reached_in_time_and_that_is_said(
+    tmp_path: Path,
+) -> None:
+    with Log() as log, ours(tmp_path) as server:
+        semaphores = client(server, expires_in=1)
+        async with semaphores.lock("C") as lock:
+            assert not lock.lost
+            server.program.process.send_signal(signal.SIGSTOP)
+            await until(lambda: lock.lost)
+            await until(lambda: any("C at http://" in text and "others" in text for text in log.texts()))
+            server.program.process.send_signal(signal.SIGCONT)
+            await until(lambda: server.ask("GET", "/remainder?semaphore=C") == (200, "0"))
+        await until(lambda: server.ask("GET", "/remainder?semaphore=C") == (200, "1"))
+        await semaphores.close()
+
+
+class FakeServer:
+    """
+    Answers each request by what it is told to, and keeps what it was sent.
+    """
+
+    def __init__(self, answer: Callable[[bytes], Iterator[bytes]]) -> None:
+        self.requests: list[bytes] = []
+        self._answer = answer
+        self._listening = socket.create_server(("127.0.0.1", 0))
+        self.port = self._listening.getsockname()[1]
+        threading.Thread(target=self._serve, daemon=True).start()
+
+    def _serve(self) -> None:
+        while True:
+            try:
+                connection, _ = self._listening.accept()
+            except OSError:
+                return
+            with connection, suppress(OSError):
+                self.requests.append(connection.recv(65536))
+                for part in self._answer(self.requests[-1]):
+                    connection.sendall(part)
+
+    def close(self) -> None:
+        self._listening.shutdown(socket.SHUT_RDWR)  # wakes who accepts
+        self._listening.close()
+
+
+@ensureDeferred
+async def test_names_and_passwords_are_sent_as_basic_authentication_and_never_logged() -> None:
+    fake = FakeServer(lambda request: iter([b"HTTP/1.1 200 OK\r\nContent-Length: 1\r\n\r\n7"]))
+    with Log() as log:
+        url = f"http://eve:s%3Acret@127.0.0.1:{fake.port}"
+        semaphores = Semaphores(url, headers={"X-Team": "blue"})
+        assert await patiently(semaphores.remainder("A")) == 7
+        fake.close()
+        with pytest.raises(SemaphoreError) as caught:
+            await patiently(semaphores.remainder("A"))
+        await semaphores.close()
+    (request,) = fake.requests
+    assert b"Authorization: Basic " + b64encode(b"eve:s:cret") + b"\r\n" in request
+    assert b"X-Team: blue\r\n" in request
+    assert f"Host: 127.0.0.1:{fake.port}\r\n".encode() in request
+    assert not any("cret" in text for text in [*log.texts(), str(caught.value)])
+    with pytest.raises(ValueError, match=r"not '\*\*\*@host:port'"):
+        Semaphores("http://eve:secret@host:port")
+    with pytest.raises(ValueError, match="headers must be texts by their names"):
+        Semaphores("http://localhost", headers={"X-Team": "blue\r\nX-Other: red"})
+
+
+@pytest.mark.parametrize("where", ["head", "body", "compressed"])
+@ensureDeferred
+async def test_an_endless_answer_ends_the_connection(where: str) -> None:
+    def endless(request: bytes) -> Iterator[bytes]:
+        yield b"HTTP/1.1 200 OK\r\n"
+        if where == "compressed":
+            bomb = gzip.compress(bytes(10_000_000))
+            assert len(bomb) < 64 * 1024
+            yield b"Content-Encoding: gzip\r\nContent-Length: %d\r\n\r\n" % len(bomb) + bomb
+            return
+        if where == "body":
+            yield b"Content-Length: 4000000000\r\n\r\n"
+        for _ in range(100_000):
+            sent.append(1)
+            yield b"X-Header: value\r\n" * 1000
+
+    sent: list[int] = []
+    fake = FakeServer(endless)
+    semaphores = Semaphores(f"http://127.0.0.1:{fake.port}")
+    with pytest.raises(SemaphoreError, match="do not answer"):
+        await patiently(semaphores.remainder("A"))
+    assert len(sent) < 2000
+    fake.close()
+    await semaphores.close()
+
+
+@ensureDeferred
+async def test_a_redirect_is_not_followed() -> None:
+    other = FakeServer(lambda request: iter([b"HTTP/1.1 200 OK\r\nContent-Length: 1\r\n\r\n7"]))
+    place = f"http://127.0.0.1:{other.port}/".encode()
+    fake = FakeServer(
+        lambda request: iter([b"HTTP/1.1 302 Found\r\nLocation: " + place + b"\r\nContent-Length: 0\r\n\r\n"])
+    )
+    semaphores = Semaphores(f"http://127.0.0.1:{fake.port}")
+    with pytest.raises(SemaphoreError) as caught:
+        await patiently(semaphores.remainder("A"))
+    assert caught.value.status == 302
+    assert other.requests == []
+    fake.close()
+    other.close()
     await semaphores.close()
 
 

@@ -4,11 +4,14 @@ A limit whose slots are those of a semaphore.
 
 from __future__ import annotations
 
+import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +27,6 @@ from twisted.internet.threads import deferToThread
 
 from connlimit import Limiter, LimitingFactory
 from connlimit.shared import ThrottleLimit
-
-pytest.importorskip("treq")
 
 FILE = "[semaphores]\nA = 3\n"
 
@@ -154,6 +155,127 @@ async def test_an_unknown_semaphore_gives_no_slots_and_is_said_once(tmp_path: Pa
                 await until(lambda: counting.limiter.waiting == 2)
                 await until(lambda: any("Unknown semaphore" in text for text in log.texts()))
         assert sum("semaphore A gives no slots: Unknown semaphore" in text for text in log.texts()) == 1
+
+
+#: Serves so many connections at once behind a `ThrottleLimit` that lives for two seconds.
+SERVER = """
+import sys
+from twisted.internet import endpoints, protocol, reactor
+from connlimit import Limiter, LimitingFactory
+from connlimit.shared import ThrottleLimit
+
+class Hello(protocol.Protocol):
+    def connectionMade(self):
+        self.transport.write(b"x")
+
+limit = ThrottleLimit("A", sys.argv[1], expires_in=2)
+factory = LimitingFactory(protocol.Factory.forProtocol(Hello), Limiter(limits=[limit]))
+endpoints.serverFromString(reactor, "tcp:0:interface=127.0.0.1").listen(factory).addCallback(
+    lambda port: print(port.getHost().port, flush=True))
+reactor.run()
+"""
+
+
+class Process:
+    """
+    A server in a process of its own, and clients of it that stay.
+    """
+
+    def __init__(self, server: Server) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", SERVER, f"http://127.0.0.1:{server.port}"],
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        self.port = int(self.process.stdout.readline())
+        self.clients: list[socket.socket] = []
+
+    def connect(self, count: int) -> None:
+        for _ in range(count):
+            client = socket.create_connection(("127.0.0.1", self.port), PATIENCE)
+            client.setblocking(False)
+            self.clients.append(client)
+
+    def served(self) -> int:
+        """
+        How many of the clients were greeted, and are there.
+        """
+        greeted = 0
+        for client in self.clients:
+            with suppress(BlockingIOError, ConnectionError):
+                greeted += client.recv(1, socket.MSG_PEEK) == b"x"
+        return greeted
+
+    def end(self) -> None:
+        self.process.kill()
+        self.process.communicate()
+        for client in self.clients:
+            client.close()
+
+
+@ensureDeferred
+async def test_a_process_that_was_stopped_serves_nobody_new_on_slots_that_it_has_lost(tmp_path: Path) -> None:
+    with ours(tmp_path, text=FILE) as server:
+        one, other = Process(server), Process(server)
+        try:
+            one.connect(3)
+            await until(lambda: one.served() == 3)
+            other.connect(3)
+            one.process.send_signal(signal.SIGSTOP)
+            await until(lambda: other.served() == 3)  # when the slots of the first have expired
+            one.connect(3)
+            one.process.send_signal(signal.SIGCONT)
+            # Its old connections are counted again, beyond the full count; nobody else is served meanwhile.
+            await until(lambda: server.ask("GET", "/remainder?semaphore=A") == (200, "-3"))
+            for client in one.clients[:3]:
+                client.close()
+            del one.clients[:3]
+            await until(lambda: server.ask("GET", "/remainder?semaphore=A") == (200, "0"))
+            assert (one.served(), other.served()) == (0, 3)
+            for client in other.clients:
+                client.close()
+            other.clients.clear()
+            await until(lambda: one.served() == 3)
+        finally:
+            one.end()
+            other.end()
+
+
+@ensureDeferred
+async def test_killed_processes_that_waited_hold_up_nobody(tmp_path: Path) -> None:
+    with ours(tmp_path, text=FILE) as server:
+        holder = server.new_peer()
+        server.acquire(holder, "A", 3)
+        dead, live = [Process(server) for _ in range(2)], Process(server)
+        try:
+            for each in (*dead, live):
+                each.connect(5)
+            await until(lambda: 'throttle_pending{semaphore="A"} 3' in server.ask("GET", "/metrics")[1])
+            for each in dead:
+                each.end()
+            server.ask("DELETE", f"/peers/{holder}")
+            began = time.monotonic()
+            await until(lambda: live.served() == 3)
+            assert time.monotonic() - began < 6
+        finally:
+            live.end()
+
+
+@ensureDeferred
+async def test_a_subscriber_that_fails_harms_no_other(server: Server) -> None:
+    limit = ThrottleLimit("A", f"http://127.0.0.1:{server.port}")
+    heard: list[str] = []
+
+    def failing_subscriber() -> None:
+        heard.append("fails")
+        raise ZeroDivisionError
+
+    limit.subscribe(failing_subscriber)
+    limit.subscribe(lambda: heard.append("hears"))
+    assert not limit.try_acquire(None)
+    await until(lambda: "hears" in heard)
+    assert heard == ["fails", "hears"]
+    await limit.close()
 
 
 def test_a_wrong_name_or_url_is_told_in_a_sentence() -> None:

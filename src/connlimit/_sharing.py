@@ -29,12 +29,10 @@ def shared_limits(url: str | None, settings: Settings, spell: Callable[[str], st
         return ()
     shared = spell("shared")
     if url.lower().startswith(_OF_SEMAPHORES):
-        try:
-            from connlimit.shared import ThrottleLimit
+        from connlimit.shared import ThrottleLimit
 
+        try:
             return (ThrottleLimit(settings.name, url),)
-        except ImportError:
-            raise ValueError(f"{shared} needs treq: pip install 'connlimit[semaphores]'") from None
         except ValueError as error:
             raise ValueError(renamed(error, shared)) from None
     if not url.lower().startswith(_OF_A_REDIS):

@@ -4,7 +4,6 @@ A limit whose slots are those of a named semaphore, which jobs in any language t
 
 from __future__ import annotations
 
-import time
 from collections import deque
 from collections.abc import Callable
 from typing import Any
@@ -15,6 +14,8 @@ from twisted.internet.interfaces import IDelayedCall
 from twisted.logger import Logger
 from zope.interface import implementer
 
+from connlimit._system.bounded_log import BoundedLog
+from connlimit._system.since_boot import since_boot
 from connlimit.interfaces import IConnection, ILimit
 from connlimit.semaphores import Lock, SemaphoreError, Semaphores
 
@@ -31,7 +32,7 @@ _REFUSED = 5.0
 @attrs.frozen(eq=False)
 class _Slot:
     """
-    A lock, and when it was acquired, by the monotonic clock.
+    A lock, and when it was acquired, by the clock since boot.
     """
 
     lock: Lock
@@ -46,9 +47,10 @@ class ThrottleLimit:
     A connection whose slot is still to be asked for waits in the limiter's line. When a connection ends, its
     slot goes to the next in line here, or back to the server when nobody waits, or when it was here long
     enough. The server gives slots to whoever asked first.
-    """
 
-    _log = Logger()
+    A slot is lost when the server has not heard of this process for ``expires_in``: nobody new is served on
+    it. The connection that it served is left alone, and the server is told of it as soon as that is possible.
+    """
 
     def __init__(self, semaphore: str, url: str, *, expires_in: float = 60.0, reactor: Any = None) -> None:
         """
@@ -74,6 +76,7 @@ class ThrottleLimit:
         self._is_refused = False
         self._timer: IDelayedCall | None = None
         self._closed = False
+        self._log = BoundedLog(Logger(), reactor)
 
     @property
     def in_use(self) -> int:
@@ -99,9 +102,12 @@ class ThrottleLimit:
         """
         See `ILimit.try_acquire`.
         """
-        if self._free:
-            self._in_use.append(self._free.pop())
-            return True
+        while self._free:
+            slot = self._free.pop()
+            if not slot.lock.lost:
+                self._in_use.append(slot)
+                return True
+            self._release(slot)
         while len(self._asked) < self._most and not self._closed:
             self._ask()
         return False
@@ -113,7 +119,7 @@ class ThrottleLimit:
         if not self._in_use:
             return  # closed
         slot = self._in_use.popleft()
-        if time.monotonic() - slot.since < _TURN:
+        if since_boot() - slot.since < _TURN and not slot.lock.lost:
             self._free.append(slot)
             # The limiter looks for who is next right after this.
             self._reactor.callLater(0, self._give_back, slot)
@@ -129,7 +135,7 @@ class ThrottleLimit:
         self._asked.discard(asked)
         if isinstance(result, Lock):
             self._is_refused = False
-            slot = _Slot(result, time.monotonic())
+            slot = _Slot(result, since_boot())
             self._free.append(slot)
             self._tell()
             is_used = slot not in self._free
@@ -152,7 +158,10 @@ class ThrottleLimit:
 
     def _tell(self) -> None:
         for callback in self._subscribers:
-            callback()
+            try:
+                callback()
+            except Exception:
+                self._log.failure("{subscriber} failed to hear that there may be room", subscriber=callback)
 
     def _give_back(self, slot: _Slot) -> None:
         """

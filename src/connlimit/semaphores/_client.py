@@ -2,37 +2,36 @@
 A client of semaphores for Twisted (``connlimit[semaphores]``), which never blocks and never starts a thread.
 
 It speaks the protocol of Throttle, to connlimit's own server or to the original one. A lock belongs to a
-peer, which the server forgets, with its locks, unless it hears of it in time: the client sends heartbeats at
-a third of that time, and if the server has forgotten it all the same, it says again what it holds.
+peer, which the server forgets, with its locks, unless it hears of it in time. So as long as a peer holds
+nothing and only asks, that time is short, and what was asked for dies soon after the process; once it
+holds something the client sends heartbeats. It keeps the time itself as well, from the sending of each
+request on: what the server may have given to others is lost, whatever it answers later. If the server has
+forgotten a peer all the same, it is told again what that holds.
 """
 
 from __future__ import annotations
 
 import math
 import random
-import time
-from collections.abc import Coroutine
-from types import TracebackType
+from collections.abc import Coroutine, Mapping
+from types import MappingProxyType, TracebackType
 from typing import Any
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote
 
-import attrs
-from twisted.internet.abstract import isIPAddress, isIPv6Address
 from twisted.internet.defer import CancelledError, Deferred, DeferredList, ensureDeferred
 from twisted.internet.defer import TimeoutError as TimedOut
-from twisted.internet.endpoints import TCP4ClientEndpoint, TCP6ClientEndpoint
-from twisted.internet.interfaces import IStreamClientEndpoint
-from twisted.internet.task import LoopingCall, deferLater
+from twisted.internet.interfaces import IDelayedCall
+from twisted.internet.task import deferLater
 from twisted.logger import Logger
-from twisted.web.client import URI, Agent, HTTPConnectionPool
-from twisted.web.iweb import IAgentEndpointFactory
-from zope.interface import implementer
+
+from connlimit._system.since_boot import since_boot
+from connlimit.semaphores.http import PATIENCE, Requests, SemaphoreError, UnknownPeer, Unreachable
 
 #: Seconds for which a request for a lock lets the server wait.
-_BLOCK_FOR = 5.0
+_BLOCK_FOR = 2.0
 
-#: Seconds in which the server must answer, besides.
-_PATIENCE = 10.0
+#: Seconds after which the server forgets a peer that holds nothing yet.
+_ASKING_EXPIRES_IN = 5.0
 
 #: Seconds in which the server can still be told something at the end.
 _LAST_WORDS = 2.0
@@ -41,30 +40,6 @@ _LAST_WORDS = 2.0
 _FIRST_RETRY, _LAST_RETRY = 0.1, 5.0
 
 _log = Logger()
-
-
-class SemaphoreError(Exception):
-    """
-    The server refuses a request, and would refuse it again.
-
-    :ivar status: the HTTP status.
-    """
-
-    def __init__(self, status: int, text: str) -> None:
-        super().__init__(text)
-        self.status = status
-
-
-class _UnknownPeer(Exception):
-    """
-    The server has forgotten the peer, or everything.
-    """
-
-
-class _Unreachable(Exception):
-    """
-    The server does not answer, or not now.
-    """
 
 
 class Semaphores:
@@ -82,37 +57,37 @@ class Semaphores:
     waits in a circle.
     """
 
-    def __init__(self, url: str, *, expires_in: float = 300.0, reactor: Any = None) -> None:
+    def __init__(
+        self,
+        url: str,
+        *,
+        expires_in: float = 300.0,
+        headers: Mapping[str, str] = MappingProxyType({}),
+        reactor: Any = None,
+    ) -> None:
         """
-        :param url: that of the server, such as ``http://localhost:8000``.
+        :param url: that of the server, such as ``http://localhost:8000``; ``user:password@`` before the host
+            is sent as Basic authentication, and not logged.
         :param expires_in: seconds after which the server forgets a peer that it does not hear of.
+        :param headers: what else is sent with each request, such as a token for a proxy before the server.
         :raises ValueError: for a wrong value.
         """
-        parts = urlsplit(url) if isinstance(url, str) else None
-        if parts is None or parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ValueError(
-                f"url must name a server of semaphores, such as http://localhost:8000, not {url!r}"
-            )
         if isinstance(expires_in, bool) or not isinstance(expires_in, (int, float)) or not expires_in >= 0.1:
             raise ValueError(f"expires_in must be a number of seconds, 0.1 or more, not {expires_in!r}")
-        try:
-            import treq
-        except ImportError:
-            raise ImportError("semaphores need treq: pip install 'connlimit[semaphores]'") from None
         if reactor is None:
             from twisted.internet import reactor
-        self._treq = treq
-        self._url = url.rstrip("/")
         self._reactor = reactor
-        self._pool = HTTPConnectionPool(reactor)
-        self._pool.maxPersistentPerHost = 8
-        if parts.scheme == "http" and (isIPAddress(parts.hostname) or isIPv6Address(parts.hostname)):
-            self._agent = Agent.usingEndpointFactory(reactor, _Numeric(reactor), self._pool)
-        else:
-            self._agent = Agent(reactor, connectTimeout=_PATIENCE, pool=self._pool)
-        self._is_away = False
+        self._requests = Requests(url, headers, reactor)
+        self.request = self._requests.ask
         self._behind: set[Deferred[Any]] = set()
         self.expires_in = float(expires_in)
+
+    @property
+    def url(self) -> str:
+        """
+        Where the server is, without the credentials.
+        """
+        return self._requests.url
 
     def lock(self, name: str, count: int = 1, timeout: float | None = None) -> Lock:
         """
@@ -140,10 +115,21 @@ class Semaphores:
 
     async def _remainder(self, name: str) -> int:
         try:
-            _, text = await self.request("GET", f"/remainder?semaphore={quote(name, safe='')}")
-        except _Unreachable as error:
+            return await self.number("GET", f"/remainder?semaphore={quote(name, safe='')}")
+        except Unreachable as error:
             raise SemaphoreError(503, str(error)) from None
-        return int(text)
+
+    async def number(self, method: str, path: str, body: object = None) -> int:
+        """
+        Ask the server for a number.
+
+        :raises Unreachable: also if it answers something else.
+        """
+        _, text = await self.request(method, path, body)
+        try:
+            return int(text)
+        except ValueError as error:
+            raise self._requests.away(error) from None
 
     def close(self) -> Deferred[None]:
         """
@@ -156,48 +142,7 @@ class Semaphores:
         await told.addTimeout(_LAST_WORDS, self._reactor).addErrback(lambda failure: failure.trap(TimedOut))
         for each in list(self._behind):
             each.cancel()
-        await self._pool.closeCachedConnections()
-
-    async def request(
-        self, method: str, path: str, body: object = None, seconds: float = 0.0
-    ) -> tuple[int, str]:
-        """
-        Ask the server once.
-
-        :param seconds: how long it may take beyond what any request may take.
-        :return: the status and the body of a good answer.
-        """
-        asked = ensureDeferred(self._ask(method, path, {} if body is None else {"json": body}))
-        try:
-            status, text = await _cancellable(asked.addTimeout(seconds + _PATIENCE, self._reactor))
-        except CancelledError:
-            raise
-        except Exception as error:  # there are many types of it, and some are private
-            raise self._away(error) from None
-        if status >= 500 and status != 501:
-            raise self._away(SemaphoreError(status, text))
-        if self._is_away:
-            self._is_away = False
-            _log.info("semaphores at {url} are back", url=self._url)
-        if status >= 400:
-            if text == "Unknown peer":
-                raise _UnknownPeer()
-            raise SemaphoreError(status, text)
-        return status, text
-
-    async def _ask(self, method: str, path: str, arguments: dict[str, Any]) -> tuple[int, str]:
-        response = await self._treq.request(
-            method, self._url + path, agent=self._agent, reactor=self._reactor, **arguments
-        )
-        return response.code, (await response.content()).decode("utf-8", "replace")
-
-    def _away(self, error: Exception) -> _Unreachable:
-        reasons = getattr(error, "reasons", None)
-        why = str(reasons[0].value if reasons else error) or type(error).__name__
-        if not self._is_away:
-            self._is_away = True
-            _log.error("semaphores at {url} do not answer: {why}", url=self._url, why=why)
-        return _Unreachable(f"semaphores at {self._url} do not answer: {why}")
+        await self._requests.close()
 
     async def retry(self, seconds: float) -> None:
         """
@@ -215,20 +160,16 @@ class Semaphores:
         def over(result: Any) -> None:
             self._behind.discard(done)
             if result is not None and not result.check(CancelledError):
-                _log.failure("semaphores at {url}", result, url=self._url)
+                _log.failure("semaphores at {url}", result, url=self.url)
 
         return done.addBoth(over)
 
-    def every(self, seconds: float, call: Any) -> LoopingCall:
+    def later(self, seconds: float, call: Any) -> IDelayedCall:
         """
-        Have something called again and again, for the first time after so many seconds.
+        Have something called in so many seconds.
         """
-        loop = LoopingCall(call)
-        loop.clock = self._reactor
-        loop.start(seconds, now=False).addErrback(
-            lambda failure: _log.failure("semaphores at {url}", failure, url=self._url)
-        )
-        return loop
+        timer: IDelayedCall = self._reactor.callLater(max(0.0, seconds), call)
+        return timer
 
 
 class Peer:
@@ -238,10 +179,15 @@ class Peer:
 
     def __init__(self, semaphores: Semaphores) -> None:
         self._semaphores = semaphores
-        self._held: dict[str, int] = {}
+        self._held: dict[str, Lock] = {}
         self._id: int | None = None
         self._acquiring = 0
-        self._heartbeat: LoopingCall | None = None
+        # Who waits for the peer to be made; None unless it is being made.
+        self._expecting: list[Deferred[None]] | None = None
+        # By the clock since boot: until when the server has certainly not forgotten the peer.
+        self._known_until = math.inf
+        self._beat_timer: IDelayedCall | None = None
+        self._expiry_timer: IDelayedCall | None = None
 
     def lock(self, name: str, count: int = 1, timeout: float | None = None) -> Lock:
         """
@@ -249,48 +195,136 @@ class Peer:
         """
         return Lock(self, name, count, timeout)
 
-    async def acquire(self, name: str, count: int, timeout: float | None) -> None:
+    @property
+    def has_expired(self) -> bool:
+        """
+        Whether the server may have forgotten this peer and have given what it holds to others.
+        """
+        return since_boot() >= self._known_until
+
+    async def acquire(self, lock: Lock, timeout: float | None) -> None:
         """
         See `Lock.acquire`.
         """
+        name = lock.name
         if name in self._held:
             raise SemaphoreError(409, f"this peer holds {name} already")
-        ends = math.inf if timeout is None else time.monotonic() + timeout
+        ends = math.inf if timeout is None else since_boot() + timeout
         wait = _FIRST_RETRY
         self._acquiring += 1
         try:
-            while True:
-                try:
-                    if await self._ask(name, count, max(0.0, min(_BLOCK_FOR, ends - time.monotonic()))):
-                        break
-                    wait = _FIRST_RETRY
-                except _UnknownPeer:
-                    await self._restore()
-                except _Unreachable:
-                    await self._semaphores.retry(max(0.0, min(wait, ends - time.monotonic())))
-                    wait = min(2 * wait, _LAST_RETRY)
-                if time.monotonic() >= ends:
+            while not await self._ask(lock, max(0.0, min(_BLOCK_FOR, ends - since_boot()))):
+                if since_boot() >= ends:
                     raise TimeoutError(f"{name}: no lock within {timeout:g} s")
+                if self._is_unreachable:
+                    await self._semaphores.retry(max(0.0, min(wait, ends - since_boot())))
+                    wait = min(2 * wait, _LAST_RETRY)
+                else:
+                    wait = _FIRST_RETRY
         except BaseException as error:
             self._acquiring -= 1
             self._semaphores.behind(self._forget(name, isinstance(error, SemaphoreError)))
             raise
         self._acquiring -= 1
-        self._held[name] = count
 
-    async def _ask(self, name: str, count: int, block_for: float) -> bool:
+    async def _ask(self, lock: Lock, block_for: float) -> bool:
         """
-        Ask for a lock, which the server may wait for.
+        Ask for a lock once, for which the server may wait.
+
+        :return: whether it is held now.
         """
-        semaphores, expires_in = self._semaphores, _text(self._semaphores.expires_in)
-        if self._id is None:
-            _, text = await semaphores.request("POST", "/new_peer", {"expires_in": expires_in})
-            self._id = int(text)
-        if self._heartbeat is None:
-            self._heartbeat = semaphores.every(semaphores.expires_in / 3, self._beat)
-        path = f"{self._path(name)}?expires_in={expires_in}&block_for={_text(block_for)}"
-        status, _ = await semaphores.request("PUT", path, count, block_for)
-        return status == 200
+        semaphores = self._semaphores
+        self._is_unreachable = False
+        try:
+            await self._be_known()
+            expires_in = semaphores.expires_in
+            if not self._held:
+                expires_in = min(expires_in, _ASKING_EXPIRES_IN)
+                block_for = min(block_for, expires_in / 2)
+            path = f"{self._path(lock.name)}?expires_in={_text(expires_in)}&block_for={_text(block_for)}"
+            asked = since_boot()
+            status, _ = await semaphores.request("PUT", path, lock.count, block_for + PATIENCE)
+            known_until = asked + expires_in
+            if status != 200 or since_boot() >= known_until:
+                return False  # it pends; or it was given to somebody else since
+        except UnknownPeer:
+            await self._restore()
+            return False
+        except Unreachable:
+            self._is_unreachable = True
+            return False
+        self._held[lock.name] = lock
+        lock._is_lost = False
+        self._will_be_known(known_until)
+        return True
+
+    async def _be_known(self) -> None:
+        """
+        Have the server know this peer. It is made once, whoever asks, and goes on being made if one gives up.
+        """
+        if self._id is not None:
+            return
+        known: Deferred[None] = Deferred()
+        if self._expecting is None:
+            self._expecting = [known]
+            self._semaphores.behind(self._become_known())
+        else:
+            self._expecting.append(known)
+        await known
+
+    async def _become_known(self) -> None:
+        semaphores = self._semaphores
+        body = {"expires_in": _text(min(semaphores.expires_in, _ASKING_EXPIRES_IN))}
+        try:
+            self._id = await semaphores.number("POST", "/new_peer", body)
+            result: Any = None
+        except Exception as error:
+            result = error
+        expecting, self._expecting = self._expecting or [], None
+        for each in expecting:
+            if not each.called:
+                each.callback(None) if result is None else each.errback(result)
+        if not self._acquiring:
+            await self._leave()
+
+    def _will_be_known(self, until: float) -> None:
+        """
+        The server has heard of this peer.
+        """
+        self._known_until = until
+        left = until - since_boot()
+        self._stop_timers()
+        if self._held:
+            self._beat_timer = self._semaphores.later(left / 3, self._beat_soon)
+            self._expiry_timer = self._semaphores.later(left, self._expire)
+
+    def _stop_timers(self) -> None:
+        for timer in (self._beat_timer, self._expiry_timer):
+            if timer is not None and timer.active():
+                timer.cancel()
+        self._beat_timer = self._expiry_timer = None
+
+    def _expire(self) -> None:
+        """
+        The server has not been heard of for so long that what is held may be somebody else's.
+        """
+        self._expiry_timer = None
+        if self.has_expired:
+            self._lose("the server was not reached in time")
+        else:
+            self._expiry_timer = self._semaphores.later(self._known_until - since_boot(), self._expire)
+
+    def _lose(self, why: str) -> None:
+        lost = [lock for lock in self._held.values() if not lock._is_lost]
+        for lock in lost:
+            lock._is_lost = True
+        if lost:
+            _log.warn(
+                "{locks} at {url} may be held by others now: {why}",
+                locks=", ".join(lock.name for lock in lost),
+                url=self._semaphores.url,
+                why=why,
+            )
 
     async def release(self, name: str) -> None:
         """
@@ -319,22 +353,27 @@ class Peer:
 
         :param is_unknown: whether the server does not know of the lock.
         """
-        if self._id is None:
-            return
-        path = self._path(name)
         if not self._held and not self._acquiring:
-            path = f"/peers/{self._id}"
-            self._id = None
-            self._stop_heartbeat()
-        elif is_unknown:
-            return
-        ends = time.monotonic() + self._semaphores.expires_in
-        if not await self._delete(path):
-            self._semaphores.behind(self._keep_deleting(path, ends))
+            await self._leave()
+        elif self._id is not None and not is_unknown:
+            await self._keep_deleting(self._path(name))
 
-    async def _keep_deleting(self, path: str, ends: float) -> None:
+    async def _leave(self) -> None:
+        """
+        Have the server forget this peer, unless that is still being made: then it leaves as soon as it is.
+        """
+        if self._id is not None:
+            path, self._id = f"/peers/{self._id}", None
+            self._stop_timers()
+            await self._keep_deleting(path)
+
+    async def _keep_deleting(self, path: str) -> None:
+        if not await self._delete(path):
+            self._semaphores.behind(self._delete_later(path, since_boot() + self._semaphores.expires_in))
+
+    async def _delete_later(self, path: str, ends: float) -> None:
         seconds = _FIRST_RETRY
-        while time.monotonic() < ends:
+        while since_boot() < ends:
             await self._semaphores.retry(seconds)
             if await self._delete(path):
                 return
@@ -343,47 +382,66 @@ class Peer:
     async def _delete(self, path: str) -> bool:
         try:
             await self._semaphores.request("DELETE", path)
-        except _Unreachable:
+        except Unreachable:
             return False
-        except (_UnknownPeer, SemaphoreError) as error:
+        except (UnknownPeer, SemaphoreError) as error:
             _log.debug("{path} could not be deleted: {error}", path=path, error=error)
         return True
 
+    def _beat_soon(self) -> None:
+        self._beat_timer = None
+        self._semaphores.behind(self._beat())
+
     async def _beat(self) -> None:
-        peer = self._id
+        """
+        Tell the server that this peer is still there.
+        """
+        peer, asked, expires_in = self._id, since_boot(), self._semaphores.expires_in
         try:
-            body = {"expires_in": _text(self._semaphores.expires_in)}
-            await self._semaphores.request("PUT", f"/peers/{peer}", body)
-        except _UnknownPeer:
+            body = {"expires_in": _text(expires_in)}
+            patience = min(PATIENCE, max(expires_in / 3, 1.0))
+            await self._semaphores.request("PUT", f"/peers/{peer}", body, patience)
+        except UnknownPeer:
             if self._id == peer:
+                if self.has_expired:
+                    self._lose("the server has forgotten them")
                 await self._restore()
-        except (_Unreachable, SemaphoreError):
-            pass  # the next one may come through
+        except (Unreachable, SemaphoreError):
+            if self._id == peer and self._held and self._beat_timer is None:
+                seconds = min(expires_in / 6, _LAST_RETRY) * random.uniform(0.5, 1)
+                self._beat_timer = self._semaphores.later(seconds, self._beat_soon)
+        else:
+            # It has known the peer all the time, however late it was told.
+            if self._id == peer and since_boot() < asked + expires_in:
+                self._will_be_known(asked + expires_in)
 
     async def _restore(self) -> None:
         """
         Tell a server that has forgotten this peer what it holds.
         """
+        peer, asked, expires_in = self._id, since_boot(), self._semaphores.expires_in
+        if peer is None:
+            return
         body = {
-            "expires_in": _text(self._semaphores.expires_in),
-            "peer_id": self._id,
-            "acquired": self._held,
+            "expires_in": _text(expires_in if self._held else min(expires_in, _ASKING_EXPIRES_IN)),
+            "peer_id": peer,
+            "acquired": {name: lock.count for name, lock in self._held.items()},
         }
         try:
             await self._semaphores.request("POST", "/restore", body)
-        except _Unreachable:
-            pass  # who needs the peer finds that it is unknown once more
+        except Unreachable:
+            # Who needs the peer finds that it is unknown once more.
+            if self._id == peer and self._held and self._beat_timer is None:
+                self._beat_timer = self._semaphores.later(_FIRST_RETRY * 5, self._beat_soon)
+            return
         except SemaphoreError as error:
             if error.status != 409:  # if it was not restored already
-                _log.error("what was held could not be restored: {error}", error=error)
+                self._lose(f"they could not be restored: {error}")
+        if self._id == peer:
+            self._will_be_known(asked + expires_in)
 
     def _path(self, name: str) -> str:
         return f"/peers/{self._id}/{quote(name, safe='')}"
-
-    def _stop_heartbeat(self) -> None:
-        if self._heartbeat is not None:
-            self._heartbeat.stop()
-            self._heartbeat = None
 
 
 class Lock:
@@ -403,6 +461,15 @@ class Lock:
         self.count = count
         self._peer = peer
         self._timeout = timeout
+        self._is_lost = False
+
+    @property
+    def lost(self) -> bool:
+        """
+        Whether it was held and others may have got it since: the server has not heard of this process for as
+        long as ``expires_in``, or has forgotten the lock. A warning in the log says so, too.
+        """
+        return self._is_lost or (self._peer._held.get(self.name) is self and self._peer.has_expired)
 
     def acquire(self) -> Deferred[Lock]:
         """
@@ -410,7 +477,7 @@ class Lock:
 
         :return: fires with this lock; fails with `TimeoutError`, or with `SemaphoreError` if it can't be had.
         """
-        acquired = ensureDeferred(self._peer.acquire(self.name, self.count, self._timeout))
+        acquired = ensureDeferred(self._peer.acquire(self, self._timeout))
         return acquired.addCallback(lambda _: self)
 
     def release(self) -> Deferred[None]:
@@ -431,37 +498,5 @@ class Lock:
         await self.release()
 
 
-@implementer(IAgentEndpointFactory)
-@attrs.frozen
-class _Numeric:
-    """
-    Endpoints of servers that are named by their addresses, which Twisted alone would look up, in a thread.
-    """
-
-    reactor: Any
-
-    def endpointForURI(self, uri: URI) -> IStreamClientEndpoint:
-        """
-        See `IAgentEndpointFactory.endpointForURI`.
-        """
-        host = uri.host.decode().strip("[]")
-        kind = TCP4ClientEndpoint if isIPAddress(host) else TCP6ClientEndpoint
-        return kind(self.reactor, host, uri.port, timeout=_PATIENCE)
-
-
 def _text(seconds: float) -> str:
     return f"{int(seconds * 1000)}ms"
-
-
-def _cancellable(inner: Deferred[Any]) -> Deferred[Any]:
-    """
-    The same, which fails with `CancelledError` and nothing else when it is cancelled.
-    """
-
-    def cancel(outer: Deferred[Any]) -> None:
-        outer.errback(CancelledError())
-        inner.cancel()
-
-    outer: Deferred[Any] = Deferred(cancel)
-    inner.addBoth(lambda result: None if outer.called else outer.callback(result))
-    return outer
