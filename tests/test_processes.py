@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import re
 import select
 import signal
@@ -181,7 +182,7 @@ def test_a_crowd_is_served_by_all_workers_and_never_more_at_once_than_the_limit(
         assert backend.served == 200
         assert 1 < backend.most <= 6
         assert program.terminate() == 0
-        counts = re.findall(r"\[worker \d\] \S+ drained: (\d+) connections were served", program.output)
+        counts = re.findall(r"\[worker \d, .*\] \S+ drained: (\d+) connections were served", program.output)
         assert sum(map(int, counts)) == 200
         assert sum(count != "0" for count in counts) > 1
 
@@ -270,7 +271,7 @@ def test_all_workers_drain_together(folder: Path) -> None:
         served = [asked(client) for client in clients]
         program.process.send_signal(signal.SIGTERM)
         for number in {number for number, pid in pids.items() if pid in served}:
-            program.wait_for(rf"\[worker {number}\] .* may finish within 20.0 s")
+            program.wait_for(rf"\[worker {number}, .*\] .* may finish within 20.0 s")
         assert [asked(client) for client in clients] == served
         assert program.process.poll() is None
         for client in clients:
@@ -439,7 +440,7 @@ def test_a_file_that_is_read_again_changes_all_workers(folder: Path) -> None:
         write(4, one, two)
         program.process.send_signal(signal.SIGHUP)
         for number in pids:
-            program.wait_for(rf"\[worker {number}\] .*connlimit.toml was read again")
+            program.wait_for(rf"\[worker {number}, .*\] .*connlimit.toml was read again")
         for client in clients:
             assert answer(client) in pids.values()
         stack.close()
@@ -451,10 +452,82 @@ def test_a_file_that_is_read_again_changes_all_workers(folder: Path) -> None:
         write(4, two)
         program.process.send_signal(signal.SIGHUP)
         for number in pids:
-            program.wait_for(rf"(?s)\[worker {number}\] .*nothing was.*\[worker {number}\] .*was read again")
+            program.wait_for(
+                rf"(?s)\[worker {number}, .*\] .*nothing was.*\[worker {number}, .*\] .*was read again"
+            )
         with pytest.raises(ConnectionRefusedError):
             connected(one)
         assert program.terminate() == 0
+
+
+def write(file: Path, port: int, slots: int = 3, when_full: str = "refuse") -> None:
+    """
+    Write a configuration for two workers, at once.
+    """
+    new = file.with_suffix(".new")
+    new.write_text(
+        f"processes = 2\ndrain_timeout = 5\n[limiters.main]\nmax_connections = {slots}\n[services.named]\n"
+        f'listen = "tcp:{port}:interface=127.0.0.1"\nfactory = "named:factory"\nwhen_full = "{when_full}"\n'
+    )
+    new.replace(file)
+
+
+def test_reloads_in_quick_succession_leave_no_worker_deaf(folder: Path) -> None:
+    """
+    Each pair restarts the service and takes that back, so that workers which are late find nothing changed.
+    """
+    port, file = free_port(), folder / "connlimit.toml"
+    write(file, port)
+    with running("connlimit", "--config", str(file), cwd=folder) as program:
+        workers(program, 2)
+        for _ in range(30):
+            for when_full in ("stop-accepting", "refuse"):
+                write(file, port, when_full=when_full)
+                program.process.send_signal(signal.SIGHUP)
+                time.sleep(random.uniform(0.001, 0.02))
+            served_at_once(port, 3)
+        assert program.terminate() == 0
+
+
+def served_at_once(port: int, count: int) -> set[int]:
+    """
+    The processes that serve so many clients at once, as soon as a port that is opened again lets them.
+    """
+    began = time.monotonic()
+    while True:
+        try:
+            with ExitStack() as stack:
+                clients = [stack.enter_context(connected(port)) for _ in range(count)]
+                for client in clients:
+                    client.sendall(b"hello")
+                return {answer(client) for client in clients}
+        except (ConnectionError, AssertionError):  # it was closed with its backlog
+            assert time.monotonic() - began < PATIENCE
+            time.sleep(0.01)
+
+
+def test_a_worker_that_dies_while_the_file_is_broken_or_not_reloaded_comes_back(folder: Path) -> None:
+    port, file = free_port(), folder / "connlimit.toml"
+    write(file, port)
+    with running("connlimit", "--config", str(file), cwd=folder) as program, ExitStack() as stack:
+        pids = workers(program, 2)
+        for text in ("nonsense", "", None):
+            if text is None:
+                write(file, port, slots=1)
+            elif text:
+                file.write_text(text)
+            else:
+                file.unlink()
+            for number in pids:
+                before = len(re.findall(rf"worker {number} serves", program.output))
+                os.kill(pids[number], signal.SIGKILL)
+                program.wait_for(rf"(?s)(worker {number} serves.*){{{before + 1}}}")
+            pids = workers(program, 2)
+        clients = [stack.enter_context(connected(port)) for _ in range(4)]
+        for client in clients:
+            client.sendall(b"hello")
+        assert {answer(client) for client in clients[:3]} <= set(pids.values())
+        assert not select.select(clients[3:], [], [], 0.2)[0]
 
 
 # What cannot start

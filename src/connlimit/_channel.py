@@ -4,8 +4,11 @@ What a parent and its workers tell each other.
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator, Mapping
 from typing import Any
 
+import attrs
 from twisted.internet.protocol import connectionDone
 from twisted.protocols import amp
 from twisted.python.failure import Failure
@@ -25,9 +28,54 @@ class Channel(amp.AMP):
         amp.BinaryBoxProtocol.makeConnection(self, transport)
         self.is_open = True
 
+    def tell(self, what: type[amp.Command], **arguments: Any) -> None:
+        """
+        Send a command that is not answered, if there is still somebody to hear it.
+        """
+        if self.is_open:
+            self.callRemote(what, **arguments)
+
     def connectionLost(self, reason: Failure = connectionDone) -> None:
         self.is_open = False
         amp.BinaryBoxProtocol.connectionLost(self, reason)
+
+
+@attrs.frozen
+class Assignment:
+    """
+    What a worker is to run, as its parent sends it.
+
+    :ivar number: counts them.
+    :ivar ports: the numbers of all ports that are open.
+    :ivar limits: what the limit of each limiter is called where slots are lent, by the limiter's name.
+    :ivar text: the text of the configuration file as the parent has read it last; None if there is none.
+    :ivar twistd: the options of twistd itself.
+    """
+
+    number: int
+    ports: tuple[int, ...]
+    limits: Mapping[str, str]
+    text: str | None
+    twistd: Mapping[str, Any]
+
+    def parts(self) -> Iterator[bytes]:
+        """
+        The assignment in parts that fit into a message.
+        """
+        whole = json.dumps(attrs.asdict(self)).encode()
+        for start in range(0, len(whole), _PART):
+            yield whole[start : start + _PART]
+
+    @classmethod
+    def of(cls, whole: bytes) -> Assignment:
+        """
+        The assignment whose parts make up the whole.
+        """
+        return cls(**json.loads(whole))
+
+
+#: How many bytes are sent in one message.
+_PART = 60_000
 
 
 class _Note(amp.Command):
@@ -38,23 +86,31 @@ class _Note(amp.Command):
     requiresAnswer = False
 
 
-class Listen(_Note):
+class Port(_Note):
     """
-    To a worker: a port that it may listen at, from now on.
-    """
-
-    arguments = [(b"where", amp.Unicode()), (b"socket", amp.Descriptor())]
-
-
-class Start(_Note):
-    """
-    To a worker: all ports were told, start.
+    To a worker: a port that the parent has opened, by its number, from now on.
     """
 
+    arguments = [(b"where", amp.Unicode()), (b"number", amp.Integer()), (b"socket", amp.Descriptor())]
 
-class Reload(_Note):
+
+class Part(_Note):
     """
-    To a worker: all ports were told, read the configuration file again.
+    To a worker: a part of the text of an `Assignment`. A message has 64 KiB at most.
+    """
+
+    arguments = [(b"part", amp.String())]
+
+
+class Run(_Note):
+    """
+    To a worker: that was all of the text, run it.
+    """
+
+
+class Beat(amp.Command):
+    """
+    To a worker: answer, as one that does not hang.
     """
 
 
@@ -88,8 +144,10 @@ class Recall(_Note):
 
 class Ready(_Note):
     """
-    To the parent: the worker serves.
+    To the parent: the worker serves, and runs the assignment of that number.
     """
+
+    arguments = [(b"number", amp.Integer())]
 
 
 class Ask(_Note):

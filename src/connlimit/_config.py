@@ -18,6 +18,9 @@ from connlimit._toml import ConfigError, document
 #: How many processes can serve; more are a slip.
 MOST_PROCESSES = 1024
 
+#: Seconds after which a worker that does not answer is killed, unless something else is said.
+WORKER_TIMEOUT = 60.0
+
 
 @attrs.frozen
 class ServiceConfig:
@@ -69,6 +72,7 @@ class Config:
     :ivar drain_timeout: seconds that connections may take to end when the program is stopped.
     :ivar log_connections: whether each connection is told of in the log, from the next start on.
     :ivar processes: how many processes serve, from the next start on.
+    :ivar worker_timeout: seconds after which one of them that does not answer is killed.
     """
 
     limiters: Mapping[str, Mapping[str, Any]]
@@ -78,6 +82,7 @@ class Config:
     drain_timeout: float = 0.0
     log_connections: bool = False
     processes: int = 1
+    worker_timeout: float = WORKER_TIMEOUT
 
     def summary(self) -> list[str]:
         """
@@ -105,13 +110,14 @@ class Config:
         return lines
 
 
-def read(path: Path) -> Config:
+def read(path: Path, text: str | None = None) -> Config:
     """
     Read a file.
 
+    :param text: its text, if it was read already.
     :raises ConfigError: with everything that is wrong with it.
     """
-    return _Reader(str(path)).config(document(path))
+    return _Reader(str(path)).config(document(path, text))
 
 
 class _Reader:
@@ -130,7 +136,15 @@ class _Reader:
         known = self._known(
             document,
             "",
-            ["limiters", "services", "status", "drain_timeout", "log_connections", "processes"],
+            [
+                "limiters",
+                "services",
+                "status",
+                "drain_timeout",
+                "log_connections",
+                "processes",
+                "worker_timeout",
+            ],
         )
         limiters = {
             name: self._limiter(name, table) for name, table in self._tables(known, "limiters").items()
@@ -154,6 +168,8 @@ class _Reader:
         log = self._value("", known, "log_connections", "true or false", _flag, False)
         right = f"a whole number from 1 to {MOST_PROCESSES}"
         processes = self._value("", known, "processes", right, _processes, 1)
+        right = "a number of seconds, 1 or more"
+        timeout = self._value("", known, "worker_timeout", right, _at_least_one, WORKER_TIMEOUT)
         if self._errors:
             raise ConfigError([_one_line(each) for each in self._errors])
         return Config(
@@ -164,6 +180,7 @@ class _Reader:
             drain,
             log,
             processes,
+            timeout,
         )
 
     def _limiter(self, name: str, table: Mapping[str, Any]) -> dict[str, Any]:
@@ -304,6 +321,13 @@ def _drain(value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
         raise ValueError
     return value
+
+
+def _at_least_one(value: Any) -> float:
+    value = _drain(value)
+    if value < 1:
+        raise ValueError
+    return float(value)
 
 
 def _text(value: Any) -> str:

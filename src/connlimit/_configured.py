@@ -5,56 +5,58 @@ A program that is described by a configuration file, and changes with it while i
 from __future__ import annotations
 
 import signal
+from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import attrs
 from twisted.application.service import IService
-from twisted.internet.defer import Deferred, ensureDeferred, maybeDeferred, succeed
-from twisted.internet.interfaces import IListeningPort, IProtocolFactory
+from twisted.internet.defer import Deferred, DeferredLock, ensureDeferred, succeed
+from twisted.internet.error import CannotListenError
+from twisted.internet.interfaces import IDelayedCall
 from twisted.logger import Logger
-from twisted.python.failure import Failure
+from twisted.python import usage
 
 from connlimit import _systemd
-from connlimit._accepting import WatchedEndpoint
-from connlimit._config import Config, ServiceConfig, read
+from connlimit._config import Config, ServiceConfig, StatusConfig, read
 from connlimit._endpoints import client_endpoint, server_endpoint
-from connlimit._factory import LimitingFactory
 from connlimit._forward import RelayFactory
+from connlimit._inherited import NotOpened
 from connlimit._limiter import Limiter
 from connlimit._program import Program
 from connlimit._role import Alone
-from connlimit._serving import import_factory, limited_plugin, plugin_options
+from connlimit._serving import import_factory, limit_service, made_plugin, plugin_options
 from connlimit._settings import FIELDS, Settings
-from connlimit._sharing import shared_limits
-from connlimit._toml import ConfigError
+from connlimit._sharing import close, shared_limits
+from connlimit._toml import ConfigError, source
+from connlimit._units import Parts, PluginUnit, ServiceUnit, Unit, started, stopped
 from connlimit.status import status_service
 
+#: Seconds between two attempts to open what could not be opened.
+_RETRY_INTERVAL = 1.0
 
-@attrs.frozen
-class _Parts:
+
+def check(
+    path: Path,
+    config: Config,
+    reactor: Any,
+    twistd: usage.Options | None = None,
+    running: Mapping[str, ServiceConfig] | None = None,
+) -> dict[str, Parts]:
     """
-    What a service is made of, found and checked before anything is changed.
-    """
+    Find everything that the services name, and make what they are made of.
 
-    config: ServiceConfig
-    endpoints: dict[str, Any]
-    factory: IProtocolFactory | None
-    plugin_options: Any
-
-
-def check(path: Path, config: Config, reactor: Any) -> dict[str, _Parts]:
-    """
-    Find everything that the services name.
-
+    :param twistd: the options of twistd itself, for plugins that look at them.
+    :param running: the services that run already; plugins that need not be started again are not made.
     :raises ConfigError: with all that cannot be found.
     """
     parts, errors = {}, []
     for name, service in config.services.items():
+        is_running = running is not None and running.get(name) == service
         try:
-            parts[name] = _parts(service, reactor)
-        except ValueError as error:
-            errors.append(f"{path}: [services.{name}] {error}")
+            parts[name] = _parts(service, reactor, twistd, is_running)
+        except ConfigError as error:
+            errors += [f"{path}: [services.{name}] {each}" for each in error.errors]
     if config.status is not None:
         try:
             server_endpoint(reactor, config.status.listen, "listen")
@@ -70,140 +72,196 @@ def check(path: Path, config: Config, reactor: Any) -> dict[str, _Parts]:
     return parts
 
 
-def _parts(service: ServiceConfig, reactor: Any) -> _Parts:
-    endpoints = {each: server_endpoint(reactor, each, "listen") for each in service.listen}
-    factory: Any = None
-    options = None
-    if service.forward is not None:
-        factory = RelayFactory(client_endpoint(reactor, service.forward, "forward"), service.forward)
-    elif service.factory is not None:
-        factory = import_factory(service.factory, "factory")
-    else:
-        options = plugin_options(service.plugin[0], list(service.plugin[1:]))
-    return _Parts(service, endpoints, factory, options)
+def _parts(service: ServiceConfig, reactor: Any, twistd: usage.Options | None, is_running: bool) -> Parts:
+    errors: list[str] = []
 
-
-class _Unit:
-    """
-    A service that runs.
-    """
-
-    def __init__(self, parts: _Parts, limiter: Limiter, role: Alone) -> None:
-        self._role = role
-        self.config = parts.config
-        self.limiter = limiter
-        self.ports: dict[str, IListeningPort] = {}
-        self.factory: Any = LimitingFactory(parts.factory, limiter) if parts.factory is not None else None
-        self.plugin: IService | None = None
-        if parts.factory is None:
-            name = parts.config.plugin[0]
-            service = limited_plugin(name, parts.plugin_options, limiter, parts.config.when_full)
-            self.plugin = role.plugin(service)
-
-    def listen(self, parts: _Parts) -> None:
-        """
-        Listen where the parts say and it does not listen yet; all or none.
-        """
-        new = {each: endpoint for each, endpoint in parts.endpoints.items() if each not in self.ports}
-        opened: dict[str, IListeningPort] = {}
+    def found(find: Any, *arguments: Any) -> Any:
         try:
-            for each, endpoint in new.items():
-                watched = WatchedEndpoint(endpoint, self.limiter, parts.config.when_full)
-                with self._role.listening():
-                    opened[each] = _at_once(watched.listen(self.factory))
+            return find(*arguments)
+        except ValueError as error:
+            errors.append(str(error))
+
+    endpoints = {each: found(server_endpoint, reactor, each, "listen") for each in service.listen}
+    factory: Any = None
+    make = None
+    if service.forward is not None:
+        backend = found(client_endpoint, reactor, service.forward, "forward")
+        factory = RelayFactory(backend, service.forward)
+    elif service.factory is not None:
+        factory = found(import_factory, service.factory, "factory")
+    else:
+        name, *arguments = service.plugin
+        options = found(plugin_options, name, arguments, twistd)
+        make = partial(_limited, name, options, service.when_full)
+        if options is not None and not is_running:
+            plugin = found(made_plugin, name, options, service.when_full, "when_full")
+            make = partial(_limited, name, options, service.when_full, plugin)
+    if errors:
+        raise ConfigError(errors)
+    return Parts(service, endpoints, factory, make)
+
+
+def _limited(
+    name: str, options: usage.Options, when_full: str, plugin: IService | None, limiter: Limiter
+) -> IService:
+    if plugin is None:
+        plugin = made_plugin(name, options, when_full, "when_full")
+    limit_service(plugin, limiter, when_full)
+    return plugin
+
+
+class _Page:
+    """
+    The status page of a program, or none.
+    """
+
+    name = "the status page"
+
+    def __init__(self, program: ConfiguredProgram, config: StatusConfig | None) -> None:
+        self._program = program
+        self._config = config if program.role.shows else None
+        self._service: IService | None = None
+
+    def wanted(self) -> list[str]:
+        """
+        See `Unit.wanted`.
+        """
+        return [] if self._config is None else [self._config.listen]
+
+    def opened(self) -> list[str]:
+        """
+        See `Unit.opened`.
+        """
+        return [] if self._service is None else self.wanted()
+
+    def make(self) -> None:
+        """
+        Make what shows the page, to be started by the program.
+        """
+        program, config = self._program, self._config
+        if config is not None:
+            endpoint = server_endpoint(program.reactor, config.listen)
+            watched = program.role.watched(program)
+            self._service = status_service(endpoint, watched, config.show_peers, config.hosts)
+            program.status = self._service
+
+    def open(self, piece: str) -> None:
+        """
+        See `Unit.open`.
+        """
+        before = self._program.status
+        self.make()
+        assert self._service is not None
+        try:
+            started(self._service)
         except Exception:
-            for port in opened.values():
-                port.stopListening()
+            self._service, self._program.status = None, before
             raise
-        self.ports.update(opened)
 
-    def start(self) -> None:
+    async def close(self, piece: str) -> None:
         """
-        Start a plugin's service.
+        See `Unit.close`.
         """
-        if self.plugin is not None:
-            with self._role.listening():
-                self.plugin.privilegedStartService()
-                self.plugin.startService()
+        service, self._service = self._service, None
+        assert service is not None
+        if self._program.status is service:
+            self._program.status = None
+        await stopped(self.name, service.stopService)
 
-    async def close(self, keeping: tuple[str, ...] = ()) -> None:
+    def may_be_at(self, piece: str, port: object) -> bool:
         """
-        Stop listening, except at some endpoints.
+        See `Unit.may_be_at`: there is no telling.
         """
-        for each in [each for each in self.ports if each not in keeping]:
-            await maybeDeferred(self.ports.pop(each).stopListening)
-        if self.plugin is not None and not keeping:
-            await maybeDeferred(self.plugin.stopService)
-
-
-def _at_once(deferred: Deferred[Any]) -> Any:
-    """
-    The result of a Deferred that has fired.
-    """
-    results: list[Any] = []
-    deferred.addBoth(results.append)
-    if not results:
-        raise OSError("an endpoint that does not listen at once cannot be used here")
-    if isinstance(results[0], Failure):
-        results[0].raiseException()
-    return results[0]
+        return True
 
 
 class ConfiguredProgram(Program):
     """
     Runs what a file says; SIGHUP reads it again.
+
+    What cannot be opened when the file is read again, although it was before, is tried again every second.
     """
 
     _log = Logger()
 
     def __init__(
-        self, path: Path, config: Config, parts: dict[str, _Parts], reactor: Any, role: Alone | None = None
+        self,
+        path: Path,
+        config: Config,
+        parts: dict[str, Parts],
+        reactor: Any,
+        role: Alone | None = None,
+        text: str = "",
+        twistd: usage.Options | None = None,
     ) -> None:
         """
         :param parts: what `check` found for the configuration.
+        :param text: the text of the file.
+        :param twistd: the options of twistd itself.
         """
         super().__init__(config.drain_timeout, config.log_connections, role)
+        self.reactor = reactor
         self._path = path.absolute()
+        self._text = text
         self._config = config
         self._parts = parts
-        self._reactor = reactor
-        self._units: dict[str, _Unit] = {}
+        self._twistd = twistd
+        self._units: dict[str, ServiceUnit] = {}
+        self._page = _Page(self, config.status)
+        self._departing: list[Limiter] = []
+        self._shared: dict[Limiter, str | None] = {}
+        self._failed: dict[tuple[str, str], str] = {}
+        self._retrying: IDelayedCall | None = None
+        self._changing = DeferredLock()
         self._is_reloading = False
         self._again = False
         for name in config.limiters:
             self.add_limiter(self._limiter(config, name))
-        if config.status is not None and self.role.shows:
-            self.status = self._status_service(config)
+        self._page.make()
+
+    def all_limiters(self) -> list[Limiter]:
+        """
+        See `Program.all_limiters`: also those that the file has no more, while somebody is served by them.
+        """
+        return [*super().all_limiters(), *self._departing]
 
     def _limiter(self, config: Config, name: str) -> Limiter:
-        return self.role.limiter(config.limiters[name], config.shared.get(name))
-
-    def _status_service(self, config: Config) -> IService:
-        assert config.status is not None
-        endpoint = server_endpoint(self._reactor, config.status.listen)
-        return status_service(
-            endpoint, self.role.watched(self), config.status.show_peers, config.status.hosts
-        )
+        limiter = self.role.limiter(config.limiters[name], config.shared.get(name))
+        self._shared[limiter] = config.shared.get(name)
+        return limiter
 
     def privilegedStartService(self) -> None:
         """
         Start to listen, or end the program with a sentence that says why not.
         """
-        if hasattr(signal, "SIGHUP"):
-            signal.signal(signal.SIGHUP, lambda number, frame: self._reactor.callFromThread(self.reload))
+        if hasattr(signal, "SIGHUP") and self.role.reads:
+            signal.signal(signal.SIGHUP, lambda number, frame: self.reactor.callFromThread(self.reload))
         super().privilegedStartService()
         self._or_exit(self._start_units)
 
     def _start_units(self) -> None:
         for name, parts in self._parts.items():
-            unit = self._units[name] = _Unit(parts, self.limiters[parts.config.limiter], self.role)
-            unit.listen(parts)
-            unit.start()
+            unit = self._units[name] = self._unit(parts, self.limiters)
+            for piece in unit.wanted():
+                self._open(unit, piece, [])
+        self._parts = {}
+        self._look_after()
+
+    def _unit(self, parts: Parts, limiters: Mapping[str, Limiter]) -> ServiceUnit:
+        make = ServiceUnit if parts.make_plugin is None else PluginUnit
+        return make(parts, limiters[parts.config.limiter], self.role)
 
     async def _stop(self) -> None:
-        for unit in self._units.values():
-            await unit.close()
+        self._is_stopping = True
+        async with self._changing:
+            pass  # what is being changed has its end, and is stopped then
+        self._look_after()
+        for unit in list(self._units.values()):
+            for piece in unit.opened():
+                await unit.close(piece)
         await super()._stop()
+
+    # Reloading
 
     def reload(self) -> Deferred[None]:
         """
@@ -220,13 +278,9 @@ class ConfiguredProgram(Program):
         self._is_reloading = True
         try:
             _systemd.notify_reloading()
-            await self._apply()
+            await self.run(source(self._path))
         except ConfigError as error:
-            for each in error.errors:
-                self._log.error("{error}", error=each)
-            self._log.error("{path}: nothing was changed", path=str(self._path))
-        except Exception as error:
-            self._log.error("{path}: nothing was changed: {error}", path=str(self._path), error=error)
+            self._refuse(error)
         finally:
             _systemd.notify("READY=1")
             self._is_reloading = False
@@ -234,106 +288,227 @@ class ConfiguredProgram(Program):
                 self._again = False
                 self.reload()
 
-    async def _apply(self) -> None:
-        new = read(self._path)
-        parts = check(self._path, new, self._reactor)
-        old = self._config
-        # First what can fail: new limiters cost nothing, and new ports can be closed again.
-        limiters = {
-            name: self.limiters[name] if self._is_kept(new, name) else self._limiter(new, name)
-            for name in new.limiters
-        }
-        restarted = {
-            name
-            for name, unit in self._units.items()
-            if name in parts and _must_restart(unit, parts[name], limiters)
-        }
-        added = {
-            name: _Unit(parts[name], limiters[parts[name].config.limiter], self.role)
-            for name in parts
-            if name not in self._units or name in restarted
-        }
-        listening: list[_Unit] = []
-        try:
-            for name, each in parts.items():
-                if name not in restarted:
-                    unit = added.get(name) or self._units[name]
-                    unit.listen(each)
-                    listening.append(unit)
-        except Exception:
-            for unit in listening:
-                await unit.close(unit.config.listen if unit in self._units.values() else ())
-            raise
-        # From here on nothing fails but the restart of a service.
-        self._config = new
-        self.drain_timeout = new.drain_timeout
-        for name, settings in new.limiters.items():
-            if limiters[name] is self.limiters.get(name):
-                defaults = {key: field.default for key, field in FIELDS.items()}
-                limiters[name].reconfigure(**{**defaults, **settings})
-            else:
-                self.add_limiter(limiters[name])
-                self._log.info("limiter {name} is new", name=name)
-        for name in [name for name in self.limiters if name not in limiters]:
-            del self.limiters[name]
-            self._log.info("limiter {name} is gone", name=name)
-        for name in [name for name in self._units if name not in parts]:
-            await self._units.pop(name).close()
-            self._log.info("service {name} is gone; its connections may finish", name=name)
-        for name, each in parts.items():
-            if name in restarted:
-                await self._units[name].close()
-                try:
-                    added[name].listen(each)
-                except Exception as error:
-                    self._log.error("service {name} cannot be started: {error}", name=name, error=error)
-            if name in added:
-                self._log.info(
-                    "service {name} is {what}", name=name, what="started anew" if name in restarted else "new"
-                )
-                self._units[name] = added[name]
-                added[name].start()
-            elif each.config != self._units[name].config:
-                await self._change(self._units[name], each)
-        if new.status != old.status and self.role.shows:
-            await self._change_status(new)
-        self.role.reload(self)
-        self._log.info("{path} was read again", path=str(self._path))
+    async def run(self, text: str) -> bool:
+        """
+        Run what a text says, instead of that which was read before. A text that is wrong changes nothing.
 
-    def _is_kept(self, new: Config, name: str) -> bool:
+        :return: whether that is done.
         """
-        Whether a limiter can be changed, and need not be made anew since it is shared with others.
-        """
-        return name in self.limiters and new.shared.get(name) == self._config.shared.get(name)
-
-    async def _change(self, unit: _Unit, parts: _Parts) -> None:
-        """
-        Let a service serve in another way, or listen elsewhere, without touching a connection.
-        """
-        served = (unit.config.forward, unit.config.factory)
-        assert unit.factory is not None
-        if served != (parts.config.forward, parts.config.factory) and parts.factory is not None:
-            unit.factory.wrappedFactory = parts.factory
-            unit.limiter.budget.expect(parts.factory)
-        unit.config = parts.config
-        await unit.close(parts.config.listen)
-        self._log.info("service {name} is changed", name=parts.config.name)
-
-    async def _change_status(self, config: Config) -> None:
-        if self.status is not None:
-            await maybeDeferred(self.status.stopService)
-            self.status = None
-        if config.status is not None:
-            self.status = self._status_service(config)
+        async with self._changing:
+            if self._is_stopping:
+                return True
+            is_done = False
             try:
-                self.status.privilegedStartService()
-                self.status.startService()
+                await self._change(text)
+                is_done = True
+                self._log.info("{path} was read again", path=str(self._path))
+            except ConfigError as error:
+                self._refuse(error)
             except Exception as error:
-                self._log.error("the status page cannot be started: {error}", error=error)
-                self.status = None
+                self._log.error("{path}: nothing was changed: {error}", path=str(self._path), error=error)
+            # Even if nothing was changed, ports may have been closed and opened again.
+            self.role.reload(self, self._text)
+        self._look_after()
+        return is_done
+
+    def _refuse(self, error: ConfigError) -> None:
+        for each in error.errors:
+            self._log.error("{error}", error=each)
+        self._log.error("{path}: nothing was changed", path=str(self._path))
+
+    async def _change(self, text: str) -> None:
+        new = read(self._path, text)
+        running = {name: unit.config for name, unit in self._units.items()}
+        parts = check(self._path, new, self.reactor, self._twistd, running)
+        limiters = self._limiters_of(new)
+        units = {
+            name: self._units[name]
+            if name in self._units and not _must_restart(self._units[name], each, limiters)
+            else self._unit(each, limiters)
+            for name, each in parts.items()
+        }
+        page = self._page if new.status == self._config.status else _Page(self, new.status)
+        before = {unit: unit.endpoints for unit in units.values()}
+        for name, unit in units.items():
+            for piece in unit.stale():
+                await unit.close(piece)
+            unit.endpoints = parts[name].endpoints
+        old_units: list[Unit] = [*self._units.values(), self._page]
+        new_units: list[Unit] = [*units.values(), page]
+        closing = [
+            (unit, piece)
+            for unit in old_units
+            for piece in unit.opened()
+            if unit not in new_units or piece not in unit.wanted()
+        ]
+        opened: list[tuple[Unit, str]] = []
+        closed: list[tuple[Unit, str]] = []
+        try:
+            await self._open_all(_missing(new_units), closing, opened, closed)
+        except BaseException:
+            for each, piece in opened:
+                await each.close(piece)
+            for unit, endpoints in before.items():
+                unit.endpoints = endpoints
+            for each, piece in closed:
+                self._try(each, piece)
+            for limiter in limiters.values():
+                if limiter not in self.all_limiters():
+                    await self._forget(limiter)
+            raise
+        # From here on nothing fails.
+        self._tell(units, parts)
+        self._units, self._page = units, page
+        self._text, self._config = text, new
+        self.drain_timeout = new.drain_timeout
+        self._settle_limiters(new, limiters)
+        for each, piece in closing:
+            if (each, piece) not in closed:
+                await each.close(piece)
+
+    async def _open_all(
+        self,
+        opening: list[tuple[Unit, str]],
+        closing: list[tuple[Unit, str]],
+        opened: list[tuple[Unit, str]],
+        closed: list[tuple[Unit, str]],
+    ) -> None:
+        """
+        Open some pieces; of those to be closed, close only what stands in their way.
+
+        :param opened: has what was opened, whatever happens.
+        :param closed: has what was closed.
+        """
+        later = []
+        for unit, piece in opening:
+            # Two of a plugin may not get on with each other, whatever they listen at.
+            blocking = [
+                each for each in closing if isinstance(unit, PluginUnit) and each[0].name == unit.name
+            ]
+            if not blocking:
+                try:
+                    self._open(unit, piece, opened)
+                    continue
+                except CannotListenError as error:
+                    blocking = [each for each in closing if each[0].may_be_at(each[1], error.port)]
+                    if not blocking:
+                        raise
+            later.append((unit, piece, blocking))
+        for unit, piece, blocking in later:
+            for each in blocking:
+                if each not in closed:
+                    closed.append(each)
+                    await each[0].close(each[1])
+            self._open(unit, piece, opened)
+
+    def _open(self, unit: Unit, piece: str, opened: list[tuple[Unit, str]]) -> None:
+        try:
+            unit.open(piece)
+        except NotOpened:
+            return  # it is tried again
+        opened.append((unit, piece))
+
+    def _limiters_of(self, new: Config) -> dict[str, Limiter]:
+        """
+        The limiters of a configuration: those there are if they can be changed, or new ones.
+
+        One that comes back while connections are still served by it is the same: what it serves counts.
+        """
+        limiters: dict[str, Limiter] = {}
+        for name in new.limiters:
+            url = new.shared.get(name)
+            same = [each for each in self.all_limiters() if (each.name, self._shared[each]) == (name, url)]
+            limiter = self.role.continued(name, same)
+            limiters[name] = self._limiter(new, name) if limiter is None else limiter
+        return limiters
+
+    def _settle_limiters(self, new: Config, limiters: dict[str, Limiter]) -> None:
+        known = self.all_limiters()
+        defaults = {key: field.default for key, field in FIELDS.items()}
+        self._departing = [each for each in known if each not in limiters.values()]
+        for name, limiter in self.limiters.items():
+            if limiter in self._departing:
+                self._log.info("limiter {name} is gone", name=name)
+        self.limiters = {}
+        for name, limiter in limiters.items():
+            if limiter in known:
+                limiter.reconfigure(**{**defaults, **new.limiters[name]})
+                self.limiters[name] = limiter
+            else:
+                self.add_limiter(limiter)
+                self._log.info("limiter {name} is new", name=name)
+
+    async def _forget(self, limiter: Limiter) -> None:
+        del self._shared[limiter]
+        await close(limiter.limits)
+
+    def _tell(self, units: dict[str, ServiceUnit], parts: dict[str, Parts]) -> None:
+        """
+        Let those services that go on serve in another way, and log what becomes of all.
+        """
+        for name in self._units:
+            if name not in units:
+                self._log.info("service {name} is gone; its connections may finish", name=name)
+        for name, unit in units.items():
+            if name not in self._units:
+                self._log.info("service {name} is new", name=name)
+            elif unit is not self._units[name]:
+                self._log.info("service {name} is started anew", name=name)
+            elif unit.config != parts[name].config:
+                unit.change(parts[name])
+                self._log.info("service {name} is changed", name=name)
+
+    # What goes on without being asked for
+
+    def _look_after(self) -> None:
+        """
+        Try to open what is not open, and forget limiters whose last connection has ended.
+        """
+        if self._retrying is not None:
+            if self._retrying.active():
+                self._retrying.cancel()
+            self._retrying = None
+        if self._is_stopping:
+            return
+        if not self._changing.locked:
+            tried = [self._try(unit, piece) for unit, piece in _missing([*self._units.values(), self._page])]
+            if any(tried):
+                self.role.reload(self, self._text)
+            for limiter in self._departing[:]:
+                if self.role.is_over(limiter):
+                    self._departing.remove(limiter)
+                    ensureDeferred(self._forget(limiter))
+        if self._changing.locked or self._departing or _missing([*self._units.values(), self._page]):
+            self._retrying = self.reactor.callLater(_RETRY_INTERVAL, self._look_after)
+
+    def _try(self, unit: Unit, piece: str) -> bool:
+        """
+        Open a piece, or log once why that is impossible.
+        """
+        key = unit.name, piece
+        try:
+            unit.open(piece)
+        except NotOpened:
+            return False
+        except Exception as error:
+            if self._failed.get(key) != str(error):
+                self._failed[key] = str(error)
+                self._log.error(
+                    "{name} cannot be started: {error}; it is tried again every second",
+                    name=unit.name,
+                    error=error,
+                )
+            return False
+        if self._failed.pop(key, None) is not None:
+            self._log.info("{name} is started", name=unit.name)
+        return True
 
 
-def _must_restart(unit: _Unit, parts: _Parts, limiters: dict[str, Limiter]) -> bool:
+def _missing(units: Iterable[Unit]) -> list[tuple[Unit, str]]:
+    return [(unit, piece) for unit in units for piece in unit.wanted() if piece not in unit.opened()]
+
+
+def _must_restart(unit: ServiceUnit, parts: Parts, limiters: dict[str, Limiter]) -> bool:
     """
     Whether a service cannot be changed while its ports are open.
     """
@@ -342,4 +517,5 @@ def _must_restart(unit: _Unit, parts: _Parts, limiters: dict[str, Limiter]) -> b
         unit.limiter is not limiters[new.limiter]
         or old.when_full != new.when_full
         or old.plugin != new.plugin
+        or (isinstance(unit, PluginUnit) and bool(unit.stale()))
     )

@@ -12,10 +12,12 @@ from __future__ import annotations
 import json
 import os
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
+from itertools import count
 from typing import Any
 
+import attrs
 from twisted.internet import unix
 from twisted.internet.error import CannotListenError
 from twisted.internet.interfaces import IProtocolFactory
@@ -49,17 +51,27 @@ class _Nobody(Factory):
         return "connlimit"
 
 
+class NotOpened(CannotListenError):
+    """
+    The parent has not opened a port, or has closed it.
+    """
+
+    def __init__(self, interface: Any, port: Any) -> None:
+        super().__init__(interface, port, OSError("the parent process has not opened it"))
+
+
 class OpenedPorts:
     """
-    The ports that a process has opened, at which it accepts nobody itself.
+    The ports that a process has opened, at which it accepts nobody itself. Each has a number.
     """
 
     def __init__(self, reactor: Any) -> None:
         self._reactor = reactor
-        self._ports: list[tuple[str, Any]] = []
+        self._ports: dict[int, tuple[str, Any]] = {}
+        self._numbers = count(1)
 
     @contextmanager
-    def listening(self) -> Iterator[None]:
+    def listening(self) -> Iterator[list[int]]:
         """
         A context in which whatever listens opens such a port.
         """
@@ -75,85 +87,113 @@ class OpenedPorts:
             return self._keep(_adopted(number), adopt(number, family, _Nobody()))
 
         with _replaced(self._reactor, listenTCP=tcp, listenUNIX=unix, adoptStreamPort=adopted):
-            yield
+            yield []
 
     def _keep(self, where: str, port: Any) -> Any:
         port.stopReading()
-        self._ports.append((where, port))
+        self._ports[next(self._numbers)] = where, port
         return port
 
-    def sockets(self) -> list[tuple[str, int]]:
+    def sockets(self) -> dict[int, tuple[str, int]]:
         """
         Where those ports listen that are open, and the numbers of their descriptors, in their order.
         """
-        self._ports = [(where, port) for where, port in self._ports if port.connected]
-        return [(where, port.fileno()) for where, port in self._ports]
+        self._ports = {
+            number: (where, port)
+            for number, (where, port) in self._ports.items()
+            if port.connected and not port.disconnecting
+        }
+        return {number: (where, port.fileno()) for number, (where, port) in self._ports.items()}
+
+
+@attrs.define
+class _Inherited:
+    """
+    A port that another process has opened.
+
+    :ivar where: where it listens.
+    :ivar descriptor: its descriptor in this process.
+    :ivar port: what accepts at it here, or has accepted; None before.
+    """
+
+    where: str
+    descriptor: int
+    port: Any = None
 
 
 class InheritedPorts:
     """
-    The ports that a process may listen at, since another has opened them.
+    The ports that a process may listen at, since another has opened them. Each has the other's number.
+
+    A descriptor of each is kept as long as the port is open there, so that one can listen at it once more.
     """
 
     def __init__(self, reactor: Any) -> None:
         self._reactor = reactor
-        self._descriptors: dict[str, list[int]] = {}
+        self._ports: dict[int, _Inherited] = {}
+        self._taken: list[int] = []
 
-    def add(self, where: str, descriptor: int) -> None:
+    def add(self, where: str, number: int, descriptor: int) -> None:
         """
         Take a descriptor of an open port.
         """
-        self._descriptors.setdefault(where, []).append(descriptor)
+        self._ports[number] = _Inherited(where, descriptor)
 
-    def clear(self) -> None:
+    def keep(self, numbers: Collection[int]) -> None:
         """
-        Close the descriptors that nobody has listened at.
+        Close the descriptors of all ports but these, which alone are open by now.
         """
-        for descriptors in self._descriptors.values():
-            for descriptor in descriptors:
-                os.close(descriptor)
-        self._descriptors.clear()
+        for number in self._ports.keys() - set(numbers):
+            os.close(self._ports.pop(number).descriptor)
+
+    def are_open(self, numbers: Iterable[int]) -> bool:
+        """
+        Whether all of these ports are still open.
+        """
+        return all(number in self._ports for number in numbers)
 
     @contextmanager
-    def listening(self) -> Iterator[None]:
+    def listening(self) -> Iterator[list[int]]:
         """
-        A context in which whatever listens does so at these ports.
+        A context in which whatever listens does so at these ports; it has the numbers of those taken.
         """
         adopt = self._reactor.adoptStreamPort
 
         def tcp(port: int, factory: IProtocolFactory, backlog: int = 50, interface: str = "") -> Any:
-            number = self._take(_tcp(port, interface), interface, port)
-            try:
-                with socket.socket(fileno=os.dup(number)) as opened:
+            with self._take(_tcp(port, interface), interface, port) as taken:
+                with socket.socket(fileno=os.dup(taken.descriptor)) as opened:
                     family = opened.family
-                return accept_one_by_one(adopt(number, family, factory))
-            finally:
-                os.close(number)
+                taken.port = accept_one_by_one(adopt(taken.descriptor, family, factory))
+                return taken.port
 
         def at_path(address: Any, factory: IProtocolFactory, *args: Any, **kwargs: Any) -> Any:
-            number = self._take(_unix(address), None, address)
-            try:
-                return _unix_port(self._reactor, number, factory)
-            finally:
-                os.close(number)
+            with self._take(_unix(address), None, address) as taken:
+                taken.port = _unix_port(self._reactor, taken.descriptor, factory)
+                return taken.port
 
         def adopted(number: int, family: int, factory: IProtocolFactory) -> Any:
-            opened = self._take(_adopted(number), None, number)
-            try:
+            with self._take(_adopted(number), None, number) as taken:
                 if family == socket.AF_UNIX:
-                    return _unix_port(self._reactor, opened, factory)
-                return accept_one_by_one(adopt(opened, family, factory))
-            finally:
-                os.close(opened)
+                    taken.port = _unix_port(self._reactor, taken.descriptor, factory)
+                else:
+                    taken.port = accept_one_by_one(adopt(taken.descriptor, family, factory))
+                return taken.port
 
-        with _replaced(self._reactor, listenTCP=tcp, listenUNIX=at_path, adoptStreamPort=adopted):
-            yield
+        outer, self._taken = self._taken, []
+        try:
+            with _replaced(self._reactor, listenTCP=tcp, listenUNIX=at_path, adoptStreamPort=adopted):
+                yield self._taken
+        finally:
+            self._taken = outer
 
-    def _take(self, where: str, interface: Any, port: Any) -> int:
-        descriptors = self._descriptors.get(where)
-        if not descriptors:
-            raise CannotListenError(interface, port, OSError("the parent process has not opened it"))
-        return descriptors.pop(0)
+    @contextmanager
+    def _take(self, where: str, interface: Any, port: Any) -> Iterator[_Inherited]:
+        for number, each in self._ports.items():
+            if each.where == where and (each.port is None or not each.port.connected):
+                yield each
+                self._taken.append(number)
+                return
+        raise NotOpened(interface, port)
 
 
 def accept_one_by_one(port: Any) -> Any:

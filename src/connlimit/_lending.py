@@ -52,7 +52,22 @@ class Lender:
         self._workers = workers
         self._asking: dict[Borrower, None] = {}
         self._recalled = False
+        self._is_departing = False
         self._slots = NO_LIMIT if slots is None else slots
+
+    def depart(self, is_departing: bool) -> None:
+        """
+        Have the workers keep no more slots than they use, or as many as ever.
+        """
+        if self._is_departing != is_departing:
+            self._is_departing = is_departing
+            self._settle()
+
+    def is_over(self) -> bool:
+        """
+        Whether nobody has a slot, nor lacks one.
+        """
+        return not self._asking and not any(self.lent.values())
 
     def set_slots(self, slots: int | None) -> None:
         """
@@ -98,7 +113,7 @@ class Lender:
         return self._slots - sum(self.lent.values())
 
     def _lend_share(self, borrower: Borrower) -> None:
-        if not self._asking:
+        if not self._asking and not self._is_departing:
             self._lend(borrower, min(self._free(), self._slots // self._workers - self.lent[borrower]))
 
     def _lend(self, borrower: Borrower, slots: int) -> None:
@@ -111,7 +126,7 @@ class Lender:
             borrower = next(iter(self._asking))
             del self._asking[borrower]
             self._lend(borrower, 1)
-        recalled = bool(self._asking) or self._free() < 0
+        recalled = self._is_departing or bool(self._asking) or self._free() < 0
         if recalled != self._recalled:
             self._recalled = recalled
             for borrower in self.lent:
@@ -181,6 +196,12 @@ class BorrowedLimit:
         """
         self._recalled = recalled
         self._give_back_unused()
+
+    def is_unused(self) -> bool:
+        """
+        Whether nothing is held, so that it can be forgotten.
+        """
+        return not self.held and not self.in_use
 
     def _give_back_unused(self) -> None:
         unused = self.held - self.in_use

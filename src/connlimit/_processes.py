@@ -1,8 +1,8 @@
 """
 The parent of several worker processes, which serve at the same ports.
 
-It opens the ports, lends the slots that the workers share, starts anew who dies, adds up what they report,
-and ends when all have ended.
+It opens the ports, lends the slots that the workers share, sends them the configuration that it has read,
+starts anew who dies, kills who hangs, adds up what they report, and ends when all have ended.
 """
 
 from __future__ import annotations
@@ -12,21 +12,26 @@ import signal
 import socket
 import sys
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
+from itertools import count
+from types import NoneType
 from typing import TYPE_CHECKING, Any
 
 from twisted.application.service import IService, Service
 from twisted.internet.defer import Deferred, gatherResults, maybeDeferred
+from twisted.internet.error import ProcessExitedAlready
 from twisted.internet.interfaces import IDelayedCall
 from twisted.internet.protocol import Factory, ProcessProtocol, connectionDone
 from twisted.internet.task import LoopingCall
-from twisted.logger import Logger, LogLevel, eventFromJSON, globalLogPublisher
-from twisted.protocols import amp
+from twisted.logger import Logger, LogLevel, globalLogPublisher
 from twisted.python.failure import Failure
 
 from connlimit import _channel
+from connlimit._config import WORKER_TIMEOUT
 from connlimit._inherited import OpenedPorts
 from connlimit._lending import Lender
+from connlimit._limiter import Limiter
+from connlimit._log_pipe import of_line
 from connlimit._pooled import PooledLimiter
 from connlimit._role import Alone
 from connlimit._serving import listening_services
@@ -51,6 +56,9 @@ _LAST_WORDS = 1.0
 #: Seconds between two looks at what the workers do.
 _LOOK_INTERVAL = 1.0
 
+#: How many bytes a line may have that comes from below a worker.
+_LONGEST_LINE = 1 << 16
+
 #: What a worker runs. Twisted believes what is said of systemd's sockets only if it is said to this process.
 _RUN = """
 import os
@@ -68,15 +76,33 @@ class Parent(Alone):
 
     serves = False
 
-    def __init__(self, processes: int, arguments: list[str], reactor: Any) -> None:
+    def __init__(
+        self,
+        processes: int,
+        arguments: list[str],
+        reactor: Any,
+        worker_timeout: float = WORKER_TIMEOUT,
+        text: str | None = None,
+        twistd: Mapping[str, Any] | None = None,
+    ) -> None:
         """
         :param processes: how many workers there are.
         :param arguments: the command line, without ``twistd connlimit``; the workers get the same.
+        :param worker_timeout: seconds after which a worker that does not answer is killed.
+        :param text: the text of the configuration file that is in force; None if there is none.
+        :param twistd: the options of twistd itself.
         """
         self.arguments = arguments
         self.reactor = reactor
+        self.worker_timeout = worker_timeout
+        self.number = 1
+        self._text = text
+        self._ports: tuple[int, ...] = ()
+        self._twistd = {k: v for k, v in (twistd or {}).items() if isinstance(v, (str, int, float, NoneType))}
         self.ports = OpenedPorts(reactor)
         self.lenders: dict[str, Lender] = {}
+        self._keys: dict[Limiter, str] = {}
+        self._numbers = count(1)
         self._count = processes
         self._program: Program
         self._pooled: dict[str, PooledLimiter] = {}
@@ -110,11 +136,18 @@ class Parent(Alone):
         }
         return self._pooled
 
-    def listening(self) -> AbstractContextManager[None]:
+    def listening(self) -> AbstractContextManager[list[int]]:
         """
         See `Alone.listening`.
         """
         return self.ports.listening()
+
+    def is_over(self, limiter: Limiter) -> bool:
+        """
+        See `Alone.is_over`: the workers know that it is no more, and have given back what they had.
+        """
+        is_known = all(worker.runs == self.number for worker in self._workers.values())
+        return limiter not in self._keys or (is_known and self.lenders[self._keys[limiter]].is_over())
 
     def plugin(self, service: IService) -> IService:
         """
@@ -128,21 +161,35 @@ class Parent(Alone):
         """
         self._program = program
         self._set_lenders()
+        self._ports = tuple(self.ports.sockets())
         for number in range(1, self._count + 1):
             self._start_worker(number)
         self._looking.start(_LOOK_INTERVAL)
         await self._all_ready
 
-    def reload(self, program: Program) -> None:
+    def reload(self, program: Program, text: str) -> None:
         """
         See `Alone.reload`.
         """
         self._set_lenders()
+        before, self._ports = self._ports, tuple(self.ports.sockets())
+        if (text, self._ports) == (self._text, before):
+            return
+        self._text = text
+        self.number += 1
         for worker in self._workers.values():
             for lender in self.lenders.values():
                 if worker not in lender.lent:
                     lender.join(worker)
-            worker.order(_channel.Reload)
+            worker.assign()
+
+    def assignment(self) -> _channel.Assignment:
+        """
+        What a worker is to run now.
+        """
+        limits = {name: self._keys[limiter] for name, limiter in self._program.limiters.items()}
+        ports = tuple(self.ports.sockets())
+        return _channel.Assignment(self.number, ports, limits, self._text, self._twistd)
 
     async def stop(self, program: Program) -> None:
         """
@@ -166,12 +213,20 @@ class Parent(Alone):
     # The workers
 
     def _set_lenders(self) -> None:
-        for name, limiter in self._program.limiters.items():
+        """
+        Have a lender for each limiter, which keeps it whatever its name is.
+        """
+        limiters = self._program.all_limiters()
+        for limiter in limiters:
             slots = None if limiter.settings.dry_run else limiter.settings.max_connections
-            if name in self.lenders:
-                self.lenders[name].set_slots(slots)
-            else:
-                self.lenders[name] = Lender(name, slots, self._count)
+            if limiter not in self._keys:
+                key = self._keys[limiter] = f"{next(self._numbers)}"
+                self.lenders[key] = Lender(key, slots, self._count)
+            lender = self.lenders[self._keys[limiter]]
+            lender.depart(limiter not in self._program.limiters.values())
+            lender.set_slots(slots)
+        for limiter in [each for each in self._keys if each not in limiters]:
+            del self.lenders[self._keys.pop(limiter)]
 
     def _start_worker(self, number: int) -> None:
         self._restarts.pop(number, None)
@@ -183,7 +238,7 @@ class Parent(Alone):
             return
         for lender in self.lenders.values():
             lender.join(worker)
-        worker.order(_channel.Start)
+        worker.assign()
 
     def is_ready(self, worker: _Worker) -> None:
         """
@@ -225,9 +280,9 @@ class Parent(Alone):
             self.limiters[name].take(worker, facts)
 
     def _look(self) -> None:
-        if self._program.status is not None or "NOTIFY_SOCKET" in os.environ:
-            for worker in self._workers.values():
-                worker.look()
+        is_watched = self._program.status is not None or "NOTIFY_SOCKET" in os.environ
+        for worker in list(self._workers.values()):
+            worker.look(is_watched)
 
     def _kill(self) -> None:
         for worker in self._workers.values():
@@ -238,6 +293,8 @@ class Parent(Alone):
 class _Worker(ProcessProtocol):
     """
     A worker's process, from its start to its end.
+
+    :ivar runs: the number of the assignment that it runs.
     """
 
     transport: Any
@@ -248,7 +305,13 @@ class _Worker(ProcessProtocol):
         self.began = parent.reactor.seconds()
         self._channel = _ParentsEnd(self)
         self._rest = {1: b"", 2: b""}
-        self._is_ready = False
+        self._log_pipe = 0
+        self._assigned = 0
+        self.runs = 0
+        self._told: set[int] = set()
+        self._in_flight: list[int] = []
+        self._unanswered = 0
+        self._is_killed = False
         self._how: str | None = None
 
     def spawn(self) -> None:
@@ -267,46 +330,94 @@ class _Worker(ProcessProtocol):
                 control += len(names.split(":"))
                 environment["LISTEN_FDS"] = str(control - 3)
             inherited: dict[int, Any] = {number: null.fileno() for number in (0, *range(3, control))}
-            inherited |= {1: "r", 2: "r", control: theirs.fileno()}
-            command = [sys.executable, "-c", _RUN, str(control), type(reactor).__module__]
+            self._log_pipe = control + 1
+            self._rest[self._log_pipe] = b""
+            inherited |= {1: "r", 2: "r", control: theirs.fileno(), self._log_pipe: "r"}
+            command = [
+                sys.executable,
+                "-c",
+                _RUN,
+                str(control),
+                str(self._log_pipe),
+                type(reactor).__module__,
+            ]
             reactor.spawnProcess(
                 self, sys.executable, [*command, *self.parent.arguments], environment, childFDs=inherited
             )
         _log.info("worker {number} is process {pid}", number=self.number, pid=self.transport.pid)
 
-    def order(self, what: type[amp.Command]) -> None:
+    def assign(self) -> None:
         """
-        Tell the worker all ports, and to do something with them.
+        Tell the worker what to run, as soon as it runs what it was told before.
         """
-        if self._channel.is_open:
-            for where, descriptor in self.parent.ports.sockets():
-                self._channel.callRemote(_channel.Listen, where=where, socket=descriptor)
-            self._channel.callRemote(what)
+        if self.runs < self._assigned or not self._channel.is_open:
+            return
+        sockets = self.parent.ports.sockets()
+        self._told.intersection_update(sockets)
+        new = [number for number in sockets if number not in self._told]
+        try:
+            # The port's own may be closed, and its number another's, before it is sent.
+            for number in new:
+                self._in_flight.append(os.dup(sockets[number][1]))
+        except OSError as error:
+            self._close_in_flight()
+            _log.error("worker {number} cannot be told what to run: {error}", number=self.number, error=error)
+            return  # it is tried again when it has answered
+        for number, descriptor in zip(new, self._in_flight, strict=True):
+            where = sockets[number][0]
+            self._channel.tell(_channel.Port, where=where, number=number, socket=descriptor)
+        self._told.update(new)
+        for part in self.parent.assignment().parts():
+            self._channel.tell(_channel.Part, part=part)
+        self._channel.tell(_channel.Run)
+        self._assigned = self.parent.number
 
-    def look(self) -> None:
+    def look(self, is_watched: bool) -> None:
         """
-        Have the worker report.
+        Have the worker answer, or kill it if it has not for too long; and have it report if somebody watches.
+
+        What counts are looks, not seconds: when this process itself was stopped or busy, it has not read the
+        answers yet.
         """
-        self._channel.callRemote(_channel.Look)
+        if not self._channel.is_open:
+            return
+        self._unanswered += 1
+        if self._unanswered == 1:
+            if is_watched:
+                self._channel.tell(_channel.Look)
+            beat = self._channel.callRemote(_channel.Beat)
+            beat.addCallbacks(self._has_answered, lambda failure: None)
+        elif (self._unanswered - 1) * _LOOK_INTERVAL >= self.parent.worker_timeout and not self._is_killed:
+            _log.error(
+                "worker {number} has not answered for {seconds:.0f} s and is killed",
+                number=self.number,
+                seconds=self.parent.worker_timeout,
+            )
+            self.kill()
+
+    def _has_answered(self, answer: object) -> None:
+        self._unanswered = 0
+        if self._assigned < self.parent.number:
+            self.assign()
 
     def lend(self, name: str, slots: int) -> None:
         """
         See `Borrower.lend`.
         """
-        self._channel.callRemote(_channel.Lend, limit=name, slots=slots)
+        self._channel.tell(_channel.Lend, limit=name, slots=slots)
 
     def recall(self, name: str, recalled: bool) -> None:
         """
         See `Borrower.recall`.
         """
-        self._channel.callRemote(_channel.Recall, limit=name, recalled=recalled)
+        self._channel.tell(_channel.Recall, limit=name, recalled=recalled)
 
     def stop(self) -> None:
         """
         Let the worker end, at once if it does not serve yet.
         """
-        if self._is_ready:
-            self._channel.callRemote(_channel.Stop)
+        if self.runs:
+            self._channel.tell(_channel.Stop)
         else:
             self.kill()
 
@@ -314,38 +425,55 @@ class _Worker(ProcessProtocol):
         """
         End the process.
         """
-        self.transport.signalProcess("KILL")
+        self._is_killed = True
+        with suppress(ProcessExitedAlready):
+            self.transport.signalProcess("KILL")
 
-    def ready(self) -> None:
+    def ready(self, number: int) -> None:
         """
-        The worker serves.
+        The worker serves, and runs the assignment of that number.
         """
-        self._is_ready = True
-        self.parent.is_ready(self)
+        is_new = not self.runs
+        self.runs = number
+        self._close_in_flight()
+        if is_new:
+            self.parent.is_ready(self)
+        if number < self.parent.number:
+            self.assign()
+
+    def _close_in_flight(self) -> None:
+        for descriptor in self._in_flight:
+            os.close(descriptor)
+        self._in_flight.clear()
 
     # ProcessProtocol
 
     def childDataReceived(self, childFD: int, data: bytes) -> None:
-        *lines, self._rest[childFD] = (self._rest[childFD] + data).split(b"\n")
+        *lines, rest = (self._rest[childFD] + data).split(b"\n")
+        if len(rest) > _LONGEST_LINE and childFD != self._log_pipe:
+            lines.append(rest)
+            rest = b""
+        self._rest[childFD] = rest
         for line in lines:
-            self._log_line(childFD, line.decode(errors="replace"))
+            self._log_line(childFD, line)
 
     def childConnectionLost(self, childFD: int) -> None:
         if childFD in self._rest:
             self.childDataReceived(childFD, b"\n" if self._rest[childFD] else b"")
 
-    def _log_line(self, descriptor: int, line: str) -> None:
+    def _log_line(self, descriptor: int, line: bytes) -> None:
         """
         Log what a worker has logged, or what came from below it.
         """
-        who = f"worker {self.number}"
-        if descriptor == 1:
+        if descriptor == self._log_pipe:
             try:
-                globalLogPublisher({**eventFromJSON(line), "log_system": who})
+                globalLogPublisher(of_line(line, self.number))
                 return
             except ValueError:
                 pass
-        _log.emit(LogLevel.error, "{line}", line=line, log_system=who)
+        level = LogLevel.info if descriptor == 1 else LogLevel.error
+        who = f"worker {self.number}"
+        _log.emit(level, "{line}", line=line.decode(errors="replace"), log_system=who, worker=self.number)
 
     def processExited(self, reason: Failure) -> None:
         ended: Any = reason.value
@@ -362,6 +490,7 @@ class _Worker(ProcessProtocol):
         Tell the parent if the process is no more and all that it told was heard.
         """
         if self._how is not None and not self._channel.is_open:
+            self._close_in_flight()
             self.parent.has_ended(self, self._how)
 
 
@@ -381,18 +510,20 @@ class _ParentsEnd(_channel.Channel):
         self._worker.check_end()
 
     @_channel.Ready.responder
-    def ready(self) -> dict[str, Any]:
-        self._worker.ready()
+    def ready(self, number: int) -> dict[str, Any]:
+        self._worker.ready(number)
         return {}
 
     @_channel.Ask.responder
     def ask(self, limit: str) -> dict[str, Any]:
-        self._worker.parent.lenders[limit].ask(self._worker)
+        if lender := self._worker.parent.lenders.get(limit):
+            lender.ask(self._worker)
         return {}
 
     @_channel.GiveBack.responder
     def give_back(self, limit: str, slots: int) -> dict[str, Any]:
-        self._worker.parent.lenders[limit].give_back(self._worker, slots)
+        if lender := self._worker.parent.lenders.get(limit):
+            lender.give_back(self._worker, slots)
         return {}
 
     @_channel.Done.responder

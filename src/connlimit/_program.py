@@ -57,6 +57,12 @@ class Program(MultiService):
         self._telling = LoopingCall(self._tell_systemd)
         self._is_stopping = False
 
+    def all_limiters(self) -> list[Limiter]:
+        """
+        The limiters, and others by which connections are still served.
+        """
+        return list(self.limiters.values())
+
     def add_limiter(self, limiter: Limiter) -> None:
         """
         Have a limiter logged, and drained at the end.

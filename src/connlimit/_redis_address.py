@@ -14,6 +14,7 @@ import attrs
 from twisted.internet.endpoints import HostnameEndpoint, UNIXClientEndpoint, wrapClientTLS
 from twisted.internet.interfaces import IStreamClientEndpoint
 
+from connlimit._files import contents
 from connlimit._redis import connect
 from connlimit._sentinel import SentinelEndpoint
 
@@ -187,7 +188,7 @@ def _authorities(file: str) -> Any:
 
     end = b"-----END CERTIFICATE-----"
     try:
-        pems = [each + end for each in Path(file).read_bytes().split(end)[:-1]]
+        pems = [each + end for each in contents(Path(file)).split(end)[:-1]]
         certificates = [Certificate.loadPEM(pem) for pem in pems]
     except (OSError, ValueError, Error):
         certificates = []

@@ -5,7 +5,7 @@ What a process does for itself when it is the only one, and what is done otherwi
 from __future__ import annotations
 
 import signal
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -25,10 +25,12 @@ class Alone:
 
     :ivar serves: whether connections are served in this process.
     :ivar shows: whether the status page and the hints are shown by this process.
+    :ivar reads: whether this process reads the configuration file itself.
     """
 
     serves = True
     shows = True
+    reads = True
 
     def limiter(self, settings: Mapping[str, Any], shared: str | None) -> Limiter:
         """
@@ -38,17 +40,36 @@ class Alone:
         """
         return Limiter(**settings, limits=shared_limits(shared, Settings().evolve(dict(settings))))
 
+    def continued(self, name: str, limiters: list[Limiter]) -> Limiter | None:
+        """
+        Which of the limiters of that name goes on when the file is read again.
+        """
+        return next(iter(limiters), None)
+
+    def is_over(self, limiter: Limiter) -> bool:
+        """
+        Whether a limiter that is no more in the configuration can be forgotten.
+        """
+        now = limiter.snapshot()
+        return not (now.active or now.waiting or now.exempt)
+
     def watched(self, program: Program) -> Any:
         """
         What has the limiters that are shown.
         """
         return program
 
-    def listening(self) -> AbstractContextManager[None]:
+    def listening(self) -> AbstractContextManager[list[int]]:
         """
-        The context in which ports are opened.
+        The context in which ports are opened; it has the numbers of those that another process has opened.
         """
-        return nullcontext()
+        return nullcontext([])
+
+    def are_open(self, ports: Iterable[int]) -> bool:
+        """
+        Whether these ports of another process are still open.
+        """
+        return True
 
     def plugin(self, service: IService) -> IService:
         """
@@ -74,9 +95,9 @@ class Alone:
         Do what remains to be done until the program is ready.
         """
 
-    def reload(self, program: Program) -> None:
+    def reload(self, program: Program, text: str) -> None:
         """
-        The configuration file was read again, and has changed the program.
+        The program may have changed: it listens elsewhere, or runs what another text of the file says.
         """
 
     async def stop(self, program: Program) -> None:

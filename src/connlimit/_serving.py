@@ -8,6 +8,7 @@ import importlib
 import os
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from twisted.application.internet import SSLServer, StreamServerEndpointService, TCPServer, UNIXServer
@@ -56,19 +57,78 @@ def plugins() -> list[Any]:
     return [plugin for plugin in found if plugin.tapname != "connlimit"]
 
 
-def plugin_options(name: str, arguments: list[str]) -> usage.Options:
+def plugin_options(name: str, arguments: list[str], twistd: usage.Options | None = None) -> usage.Options:
     """
     A plugin's options for a command line.
 
+    :param twistd: the options of twistd itself.
     :raises ValueError: if there is no such plugin, or its command line is wrong.
     """
     plugin = _plugin(name)
     options: usage.Options = plugin.options()
     try:
-        options.parseOptions(arguments)
+        with as_if_alone(name, options, twistd):
+            options.parseOptions(arguments)
     except (usage.UsageError, SystemExit) as error:
         raise ValueError(f"plugin {name} does not take these arguments: {error}") from None
+    except Exception as error:
+        raise ValueError(f"plugin {name} fails with these arguments: {_reason(error)}") from None
     return options
+
+
+@contextmanager
+def as_if_alone(name: str, options: usage.Options, twistd: usage.Options | None) -> Iterator[None]:
+    """
+    A context in which a plugin finds the options of twistd as if that had been told to run it.
+
+    :param options: the plugin's.
+    :param twistd: those of twistd itself; None if they are not known.
+    """
+    options.parent = twistd
+    if twistd is None:
+        yield
+        return
+    told = twistd.subCommand, getattr(twistd, "subOptions", None)
+    twistd.subCommand, twistd.subOptions = name, options
+    try:
+        yield
+    finally:
+        twistd.subCommand, twistd.subOptions = told
+
+
+def made_plugin(
+    name: str, options: usage.Options, when_full: str = "refuse", setting: str = "--when-full"
+) -> IService:
+    """
+    The service of a plugin, which `limit_service` can limit.
+
+    :param setting: what *when_full* is called where it was given.
+    :raises ValueError: if it cannot be made, or cannot be limited.
+    """
+    try:
+        with as_if_alone(name, options, options.parent):
+            service: IService = _plugin(name).makeService(options)
+        listening = list(listening_services(service))
+    except (Exception, SystemExit) as error:
+        raise ValueError(f"{name} cannot be made with these options: {_reason(error)}") from None
+    if not listening:
+        raise ValueError(f"{name} has no service that listens, so there is nothing to limit")
+    if when_full != "refuse" and not all(isinstance(each, StreamServerEndpointService) for each in listening):
+        raise ValueError(
+            f"{setting} must be refuse, not {when_full}, for {name}, which listens without endpoints"
+        )
+    return service
+
+
+def _reason(error: BaseException) -> str:
+    """
+    What an error says; its name as well, if it alone says little.
+    """
+    return (
+        str(error)
+        if isinstance(error, (ValueError, usage.UsageError))
+        else f"{type(error).__name__}: {error}"
+    )
 
 
 def limited_plugin(name: str, options: usage.Options, limiter: Limiter, when_full: str) -> IService:
@@ -77,12 +137,8 @@ def limited_plugin(name: str, options: usage.Options, limiter: Limiter, when_ful
 
     :raises ValueError: if it cannot be made, or nothing in it can be limited.
     """
-    try:
-        service: IService = _plugin(name).makeService(options)
-    except Exception as error:
-        raise ValueError(f"{name} cannot be made with these options: {error}") from None
-    if not limit_service(service, limiter, when_full):
-        raise ValueError(f"{name} has no service that listens, so there is nothing to limit")
+    service = made_plugin(name, options, when_full)
+    limit_service(service, limiter, when_full)
     return service
 
 
@@ -118,14 +174,11 @@ def listening_services(service: IService) -> Iterator[Any]:
 
 def _limit(service: Any, limiter: Limiter, when_full: str) -> None:
     if isinstance(service, StreamServerEndpointService):
+        # If it cannot listen it does not start, as one of strports.service.
+        service._raiseSynchronously = True
         service.factory = LimitingFactory(service.factory, limiter)
         service.endpoint = WatchedEndpoint(service.endpoint, limiter, when_full)
     else:
-        if when_full != "refuse":
-            raise ValueError(
-                f"--when-full must be refuse, not {when_full}, for a plugin that listens in the"
-                " way of this one"
-            )
         # They keep the arguments of listenTCP and its like; the factory is the second.
         if "factory" in service.kwargs:
             service.kwargs["factory"] = LimitingFactory(service.kwargs["factory"], limiter)

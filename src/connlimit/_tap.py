@@ -5,6 +5,7 @@ The command line: ``twistd connlimit``.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from twisted.python import usage
 
 from connlimit import _demonstration
 from connlimit._accepting import check_when_full
-from connlimit._config import MOST_PROCESSES, read
+from connlimit._config import MOST_PROCESSES, WORKER_TIMEOUT, read
 from connlimit._configured import ConfiguredProgram, check
 from connlimit._endpoints import client_endpoint, server_endpoint
 from connlimit._forward import RelayFactory
@@ -21,10 +22,10 @@ from connlimit._processes import Parent
 from connlimit._program import CannotStart, Program
 from connlimit._role import Alone
 from connlimit._service import LimitedService
-from connlimit._serving import import_factory, limited_plugin, plugins
+from connlimit._serving import as_if_alone, import_factory, limited_plugin, plugins
 from connlimit._settings import FIELDS, Settings, check_limits, parse
 from connlimit._sharing import shared_limits
-from connlimit._toml import ConfigError
+from connlimit._toml import ConfigError, source
 from connlimit.status import status_service
 
 
@@ -34,6 +35,26 @@ def _spell(setting: str) -> str:
 
 # The options that go with --config.
 _WITH_CONFIG = ("config", "check-config")
+
+
+class _PluginOptions:
+    """
+    Takes the place of a plugin's options until they are parsed, with those of twistd itself as their parent.
+    """
+
+    parent: Any
+
+    def __init__(self, plugin: Any) -> None:
+        self.options: usage.Options = plugin.options()
+        self._name = plugin.tapname
+
+    def parseOptions(self, arguments: list[str]) -> None:
+        """
+        Parse the plugin's part of a command line.
+        """
+        self.parent.subOptions = self.options
+        with as_if_alone(self._name, self.options, self.parent.parent):
+            self.options.parseOptions(arguments)
 
 
 class Options(ProgramOptions):
@@ -89,6 +110,13 @@ class Options(ProgramOptions):
             "1",
             "serve in so many processes, which share max-connections; the other limits hold in each",
         ],
+        [
+            "worker-timeout",
+            None,
+            f"{WORKER_TIMEOUT:.0f}",
+            "how long one of several processes may be without an answer to its parent before it is killed and"
+            " started again [seconds]",
+        ],
         ["factory", None, None, "serve with this factory, or what this callable returns, as MODULE:NAME"],
     ]
 
@@ -98,12 +126,19 @@ class Options(ProgramOptions):
     ]
 
     @property
-    def subCommands(self) -> Iterator[tuple[str, None, Callable[[], usage.Options], str]]:
+    def subCommands(self) -> Iterator[tuple[str, None, Callable[[], _PluginOptions], str]]:
         """
         All other twistd plugins, as those that can be limited.
         """
         for plugin in plugins():
-            yield plugin.tapname, None, lambda plugin=plugin: plugin.options(), plugin.description  # type: ignore[misc]
+            yield plugin.tapname, None, partial(_PluginOptions, plugin), plugin.description
+
+    def __init__(self, text: str | None = None) -> None:
+        """
+        :param text: that of the configuration file, if it was read already.
+        """
+        super().__init__()
+        self["text"] = text
 
     def postOptions(self) -> None:
         """
@@ -123,6 +158,9 @@ class Options(ProgramOptions):
             settings = Settings().evolve(self["settings"], _spell)
             shared_limits(self["shared"], settings, _spell)  # whether it can be made
             self["processes"] = self.count("processes", MOST_PROCESSES)
+            self["worker_timeout"] = self.time("worker-timeout")
+            if self["worker_timeout"] < 1:
+                raise ValueError(f"--worker-timeout must be 1 second or more, not {self['worker-timeout']!r}")
         except ValueError as error:
             raise usage.UsageError(str(error)) from None
 
@@ -180,8 +218,10 @@ class Options(ProgramOptions):
 
         path = Path(self["config"])
         try:
-            self["loaded"] = read(path)
-            self["parts"] = check(path, self["loaded"], reactor)
+            if self["text"] is None:
+                self["text"] = source(path)
+            self["loaded"] = read(path, self["text"])
+            self["parts"] = check(path, self["loaded"], reactor, self.parent)
         except ConfigError as error:
             raise CannotStart("\n".join(f"connlimit: {each}" for each in error.errors)) from None
         if self["check-config"]:
@@ -198,11 +238,18 @@ def makeService(options: Options, role: Alone | None = None) -> Program:
     """
     from twisted.internet import reactor
 
+    config = None if options["config"] is None else options["loaded"]
     if role is None:
-        processes = options["processes"] if options["config"] is None else options["loaded"].processes
-        role = Alone() if processes == 1 else Parent(processes, options.arguments, reactor)
-    if options["config"] is not None:
-        return ConfiguredProgram(Path(options["config"]), options["loaded"], options["parts"], reactor, role)
+        processes = config.processes if config else options["processes"]
+        timeout = config.worker_timeout if config else options["worker_timeout"]
+        role = (
+            Alone()
+            if processes == 1
+            else Parent(processes, options.arguments, reactor, timeout, options["text"], options.parent)
+        )
+    if config is not None:
+        path, text = Path(options["config"]), options["text"]
+        return ConfiguredProgram(path, config, options["parts"], reactor, role, text, options.parent)
     limiter = role.limiter(options["settings"], options["shared"])
     program = Program(options["drain"], bool(options["log-connections"]), role)
     program.add_limiter(limiter)

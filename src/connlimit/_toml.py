@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from connlimit._files import contents
+
 if sys.version_info >= (3, 11):
     import tomllib
 else:
@@ -29,17 +31,30 @@ class ConfigError(Exception):
         self.errors = errors
 
 
-def document(path: Path) -> dict[str, Any]:
+def source(path: Path) -> str:
+    """
+    The text of a file.
+
+    :raises ConfigError: if it cannot be read, or is no text.
+    """
+    try:
+        return contents(path).decode()
+    except OSError as error:
+        raise ConfigError([f"{path}: the file cannot be read: {error.strerror}"]) from None
+    except UnicodeDecodeError as error:
+        raise ConfigError([f"{path}: this is no TOML: {error}"]) from None
+
+
+def document(path: Path, text: str | None = None) -> dict[str, Any]:
     """
     What a file says.
 
+    :param text: its text, if it was read already.
     :raises ConfigError: if it cannot be read, or is no TOML.
     """
     if tomllib is None:
         raise ConfigError([f"{path}: files need tomli on this Python: pip install 'connlimit[config]'"])
     try:
-        return tomllib.loads(path.read_bytes().decode())
-    except OSError as error:
-        raise ConfigError([f"{path}: the file cannot be read: {error.strerror}"]) from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
+        return tomllib.loads(source(path) if text is None else text)
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise ConfigError([f"{path}: this is no TOML: {error}"]) from None

@@ -8,14 +8,15 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, suppress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
+from twisted.application.app import ServerOptions
 from twisted.internet.defer import ensureDeferred, maybeDeferred
 from twisted.internet.error import ConnectionDone, ConnectionLost
 from twisted.internet.protocol import Factory, connectionDone
-from twisted.logger import Logger, globalLogBeginner, jsonFileLogObserver
+from twisted.logger import Logger, globalLogBeginner
 from twisted.python.failure import Failure
 from twisted.python.reflect import namedModule
 
@@ -23,6 +24,7 @@ from connlimit import _channel
 from connlimit._inherited import InheritedPorts
 from connlimit._lending import BorrowedLimit
 from connlimit._limiter import Limiter
+from connlimit._log_pipe import LogPipe
 from connlimit._pooled import Reporter
 from connlimit._role import Alone
 from connlimit._settings import Settings
@@ -32,6 +34,9 @@ if TYPE_CHECKING:
 
 _log = Logger()
 
+#: Seconds, at most, between two attempts to run what the parent runs.
+_MOST_DELAY = 60.0
+
 
 class Worker(Alone):
     """
@@ -39,14 +44,22 @@ class Worker(Alone):
     """
 
     shows = False
+    reads = False
 
-    def __init__(self, reactor: Any) -> None:
+    def __init__(self, reactor: Any, arguments: list[str], log: LogPipe) -> None:
+        """
+        :param arguments: the command line of the parent.
+        :param log: where what is logged goes.
+        """
         self.ports = InheritedPorts(reactor)
         self.channel = _WorkersEnd(self)
         self._reactor = reactor
+        self._arguments = arguments
+        self._log_pipe = log
         self._limits: dict[str, BorrowedLimit] = {}
-        self._reporters: dict[str, Reporter] = {}
-        self._program: Program
+        self._reporters: dict[Limiter, Reporter] = {}
+        self._program: Program | None = None
+        self._assignment: _channel.Assignment | None = None
         self._is_stopping = False
         self._has_stopped = False
 
@@ -56,8 +69,8 @@ class Worker(Alone):
         """
         if name not in self._limits:
             self._limits[name] = BorrowedLimit(
-                lambda: self.channel.callRemote(_channel.Ask, limit=name),
-                lambda slots: self.channel.callRemote(_channel.GiveBack, limit=name, slots=slots),
+                lambda: self.channel.tell(_channel.Ask, limit=name),
+                lambda slots: self.channel.tell(_channel.GiveBack, limit=name, slots=slots),
             )
         return self._limits[name]
 
@@ -69,13 +82,33 @@ class Worker(Alone):
         """
         if shared is not None:
             return super().limiter(settings, shared)
-        return Limiter(**settings, limits=[self.limit(Settings().evolve(dict(settings)).name)])
+        return Limiter(**settings, limits=[self._limit_of(Settings().evolve(dict(settings)).name)])
 
-    def listening(self) -> AbstractContextManager[None]:
+    def continued(self, name: str, limiters: list[Limiter]) -> Limiter | None:
+        """
+        See `Alone.continued`: that of which the parent lends slots now.
+        """
+        limit = self._limit_of(name)
+        return next((each for each in limiters if limit in each.limits or not self._borrows(each)), None)
+
+    def _borrows(self, limiter: Limiter) -> bool:
+        return any(isinstance(each, BorrowedLimit) for each in limiter.limits)
+
+    def _limit_of(self, name: str) -> BorrowedLimit:
+        assert self._assignment is not None
+        return self.limit(self._assignment.limits[name])
+
+    def listening(self) -> AbstractContextManager[list[int]]:
         """
         See `Alone.listening`.
         """
         return self.ports.listening()
+
+    def are_open(self, ports: Iterable[int]) -> bool:
+        """
+        See `Alone.are_open`.
+        """
+        return self.ports.are_open(ports)
 
     def catch_signals(self, reactor: Any) -> None:
         """
@@ -87,15 +120,15 @@ class Worker(Alone):
         """
         See `Alone.start`.
         """
-        self.channel.callRemote(_channel.Ready)
+        assert self._assignment is not None
+        self.channel.tell(_channel.Ready, number=self._assignment.number)
 
     # What the parent orders
 
-    def run(self, program: Program, control: int) -> None:
+    def serve(self, control: int) -> None:
         """
         Do what the parent orders, until it orders to stop, or is no more.
         """
-        self._program = program
         self._reactor.addSystemEventTrigger("before", "shutdown", lambda: ensureDeferred(self._stop()))
         self._reactor.adoptStreamConnection(
             control, socket.AF_UNIX, Factory.forProtocol(lambda: self.channel)
@@ -103,25 +136,61 @@ class Worker(Alone):
         os.close(control)
         self._reactor.run()
 
-    def begin(self) -> None:
+    def run(self, assignment: _channel.Assignment) -> None:
         """
-        Start to serve.
+        Run what the parent has assigned: start with it, or change.
         """
+        self.ports.keep(assignment.ports)
+        self._assignment = assignment
+        if self._program is None:
+            self._begin(assignment)
+        else:
+            ensureDeferred(self._change(assignment, self._program))
+
+    def _begin(self, assignment: _channel.Assignment) -> None:
+        from connlimit._tap import Options, makeService
+
         try:
+            options = Options(assignment.text)
+            options.parent = twistd_options(assignment.twistd)
+            options.parseOptions(self._arguments)
+            self._program = makeService(options, self)
             self._program.privilegedStartService()
             self._program.startService()
         except SystemExit as error:
             _log.error("{error}", error=str(error))
-            os._exit(1)
-        self.ports.clear()
+            self._die()
+        except Exception:
+            _log.failure("the worker cannot start")
+            self._die()
         self.report()
 
-    def read_again(self) -> None:
+    def _die(self) -> NoReturn:
+        self._log_pipe.flush()
+        os._exit(1)
+
+    async def _change(self, assignment: _channel.Assignment, program: Any, delay: float = 1.0) -> None:
+        if assignment.text is not None and not await program.run(assignment.text):
+            # What keeps this process from it, and not the parent, may pass.
+            later = min(2 * delay, _MOST_DELAY)
+            self._reactor.callLater(delay, self._try_again, assignment, program, later)
+        self._forget(program)
+        self.channel.tell(_channel.Ready, number=assignment.number)
+
+    def _try_again(self, assignment: _channel.Assignment, program: Any, delay: float) -> None:
+        if assignment is self._assignment and not self._is_stopping:
+            ensureDeferred(self._change(assignment, program, delay))
+
+    def _forget(self, program: Program) -> None:
         """
-        Read the configuration file again.
+        Forget the limits of limiters that are no more.
         """
-        done = self._program.reload()  # type: ignore[attr-defined]
-        done.addCallback(lambda _: self.ports.clear())
+        for limiter in self._reporters.keys() - set(program.limiters.values()):
+            limiter.remove_observer(self._reporters.pop(limiter))
+        in_use = {limit for limiter in program.all_limiters() for limit in limiter.limits}
+        self._limits = {
+            name: limit for name, limit in self._limits.items() if limit in in_use or not limit.is_unused()
+        }
 
     def order_to_stop(self) -> None:
         """
@@ -135,12 +204,13 @@ class Worker(Alone):
         """
         Tell what all limiters do.
         """
-        limiters = self._program.limiters
-        for name, limiter in limiters.items():
-            if name not in self._reporters or self._reporters[name].limiter is not limiter:
-                self._reporters[name] = Reporter(limiter)
-            for facts in self._reporters[name].reports():
-                self.channel.callRemote(_channel.Report, limiter=name, facts=facts)
+        if self._program is None:
+            return
+        for name, limiter in self._program.limiters.items():
+            if limiter not in self._reporters:
+                self._reporters[limiter] = Reporter(limiter)
+            for facts in self._reporters[limiter].reports():
+                self.channel.tell(_channel.Report, limiter=name, facts=facts)
 
     def is_orphaned(self) -> None:
         """
@@ -152,11 +222,13 @@ class Worker(Alone):
 
     async def _stop(self) -> None:
         self._is_stopping = True
-        await maybeDeferred(self._program.stopService)
+        if self._program is not None:
+            await maybeDeferred(self._program.stopService)
         self._has_stopped = True
         self.report()
-        with suppress(ConnectionDone, ConnectionLost):  # there may be no parent any more
-            await self.channel.callRemote(_channel.Done)
+        if self.channel.is_open:
+            with suppress(ConnectionDone, ConnectionLost):  # the parent may end meanwhile
+                await self.channel.callRemote(_channel.Done)
 
 
 class _WorkersEnd(_channel.Channel):
@@ -167,24 +239,31 @@ class _WorkersEnd(_channel.Channel):
     def __init__(self, worker: Worker) -> None:
         super().__init__()
         self._worker = worker
+        self._parts: list[bytes] = []
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:
         super().connectionLost(reason)
         self._worker.is_orphaned()
 
-    @_channel.Listen.responder
-    def listen(self, where: str, socket: int) -> dict[str, Any]:
-        self._worker.ports.add(where, socket)
+    @_channel.Port.responder
+    def port(self, where: str, number: int, socket: int) -> dict[str, Any]:
+        self._worker.ports.add(where, number, socket)
         return {}
 
-    @_channel.Start.responder
-    def start(self) -> dict[str, Any]:
-        self._worker.begin()
+    @_channel.Part.responder
+    def part(self, part: bytes) -> dict[str, Any]:
+        self._parts.append(part)
         return {}
 
-    @_channel.Reload.responder
-    def reload(self) -> dict[str, Any]:
-        self._worker.read_again()
+    @_channel.Run.responder
+    def run(self) -> dict[str, Any]:
+        whole = b"".join(self._parts)
+        self._parts.clear()
+        self._worker.run(_channel.Assignment.of(whole))
+        return {}
+
+    @_channel.Beat.responder
+    def beat(self) -> dict[str, Any]:
         return {}
 
     @_channel.Stop.responder
@@ -208,21 +287,28 @@ class _WorkersEnd(_channel.Channel):
         return {}
 
 
+def twistd_options(told: Mapping[str, Any]) -> ServerOptions:
+    """
+    The options of the parent's twistd, for plugins that look at them.
+    """
+    options = ServerOptions()
+    options.update(told)
+    return options
+
+
 def main() -> None:
     """
-    Be a worker: the arguments are the number of the control socket, the module of the reactor, and the
-    command line of the parent.
+    Be a worker: the arguments are the numbers of the control socket and of the pipe for the log, the module
+    of the reactor, and the command line of the parent.
     """
-    control, reactor_module, *arguments = sys.argv[1:]
+    control, log, reactor_module, *arguments = sys.argv[1:]
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all; the parent tells what to do
+    if hasattr(signal, "SIGHUP"):  # so it may be with this one; no worker reads a file by itself
+        signal.signal(signal.SIGHUP, lambda number, frame: None)
     namedModule(reactor_module).install()
-    output = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
-    globalLogBeginner.beginLoggingTo([jsonFileLogObserver(output, recordSeparator="")])
     from twisted.internet import reactor
 
-    from connlimit._tap import Options, makeService
-
-    options = Options()
-    options.parseOptions(arguments)
-    worker = Worker(reactor)
-    worker.run(makeService(options, worker), int(control))
+    pipe = LogPipe(reactor, int(log))
+    globalLogBeginner.beginLoggingTo([pipe])
+    Worker(reactor, arguments, pipe).serve(int(control))
+    pipe.flush()
