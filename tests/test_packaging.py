@@ -181,7 +181,7 @@ def test_the_core_alone_works_and_says_which_extra_it_lacks(built: Path, environ
         assert said == "connlimit-shared: this needs txredisapi: pip install 'connlimit[redis]'\n"
         for arguments, extra in (
             (["connlimit", "--max-connections=1", "--shared=redis://localhost"], "redis"),
-            (["connlimit", "--shared=http://localhost:8000"], "semaphores"),
+            (["connlimit", "--shared=https://localhost:8000"], "tls"),
             (["connlimit-semaphores", "--store=redis://localhost"], "redis"),
         ):
             said = environment.run("twistd", "-n", "--pidfile=", *arguments, code=1)
