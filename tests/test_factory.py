@@ -4,11 +4,13 @@ The factory that stands for another one.
 
 from __future__ import annotations
 
+from copy import copy
+
 from fakes import ApplicationError, FakeConnection, RecordingFactory
 from test_limiter import LimiterTestCase
-from twisted.internet.interfaces import IProtocolFactory, IProtocolNegotiationFactory
+from twisted.internet.interfaces import IConsumer, IProtocolFactory, IProtocolNegotiationFactory
 from twisted.internet.protocol import ClientFactory, Factory, Protocol
-from zope.interface import implementer
+from zope.interface import alsoProvides, implementer
 from zope.interface.verify import verifyObject
 
 from connlimit import Limiter, LimitingFactory
@@ -63,6 +65,42 @@ class StandingForTests(LimiterTestCase):
         self.turn()
         self.assertEqual((active.closed, waiting.closed, elsewhere.closed), (False, True, False))
         self.assert_counts(active=1, waiting=1, refused={"draining": 1})
+
+    def test_what_is_set_on_it_is_set_on_the_wrapped_factory(self) -> None:
+        self.limited(1)
+        self.factory.timeOut = 5
+        self.factory.protocol = Protocol
+        self.factory.numPorts = 7
+        self.assertEqual((self.server.timeOut, self.server.protocol, self.server.numPorts), (5, Protocol, 7))
+        self.assertEqual(self.factory.timeOut, 5)
+        del self.factory.timeOut
+        self.assertFalse(hasattr(self.server, "timeOut"))
+        with self.assertRaises(AttributeError):
+            del self.factory.timeOut
+
+    def test_a_buildProtocol_of_ones_own_does_not_pass_the_limiter_by(self) -> None:
+        self.limited(1)
+        self.factory.buildProtocol = lambda address: Protocol()
+        first, _ = self.connect(2)
+        self.assert_counts(active=1, waiting=1)
+        self.assertIsInstance(first.protocol.wrappedProtocol, Protocol)
+        del self.factory.buildProtocol
+        self.close(first)
+        self.assertEqual(self.served(), [1])
+
+    def test_its_own_limiter_and_factory_can_be_replaced(self) -> None:
+        self.limited(1)
+        other, limiter = RecordingFactory(), Limiter(2, clock=self.clock)
+        self.factory.wrappedFactory, self.factory.limiter = other, limiter
+        self.connect()
+        self.assertEqual((limiter.active, len(other.live), len(self.server.live)), (1, 1, 0))
+
+    def test_it_can_be_copied_and_given_interfaces(self) -> None:
+        self.limited(1)
+        alsoProvides(self.factory, IConsumer)
+        self.assertFalse(IConsumer.providedBy(self.server))
+        self.assertTrue(IConsumer.providedBy(self.factory))
+        self.assertIs(copy(self.factory).wrappedFactory, self.server)
 
     def test_its_log_prefix_is_that_of_the_wrapped_factory(self) -> None:
         class Named(Factory):

@@ -29,13 +29,22 @@ class LimitingFactory:
     """
     Serves the connections of another factory as far as a limiter allows; the others wait in its line.
 
-    Whatever else is asked of it, it hands on to the wrapped factory.
+    Whatever else is asked of it or set on it, it hands on to the wrapped factory.
 
     :ivar wrappedFactory: the factory whose protocols serve the connections.
     :ivar limiter: the limiter, which other factories may share.
     :ivar connection_log: where failures of connections are logged.
     :ivar is_tls: whether the wrapped factory is the one that speaks TLS.
     """
+
+    # What is declared here is set on this object, all else on the wrapped factory.
+    wrappedFactory: IProtocolFactory
+    limiter: Limiter
+    connection_log: BoundedLog
+    is_tls: bool
+    _last_provided: object
+    _last_class: type[DelegatingProtocol]
+    _ports: int
 
     def __init__(self, wrappedFactory: IProtocolFactory, limiter: Limiter) -> None:
         """
@@ -49,8 +58,8 @@ class LimitingFactory:
         self.wrappedFactory = wrappedFactory
         self.limiter = limiter
         limiter.budget.expect(wrappedFactory)
-        self._last_provided: object = None
-        self._last_class: type[DelegatingProtocol] = DelegatingProtocol
+        self._last_provided = None
+        self._last_class = DelegatingProtocol
         self._ports = 0
         # If that has not been imported yet, there is no such factory.
         tls = sys.modules.get("twisted.protocols.tls")
@@ -62,6 +71,18 @@ class LimitingFactory:
         if name == "wrappedFactory":  # not set yet, as while it is unpickled
             raise AttributeError(name)
         return getattr(self.wrappedFactory, name)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if _is_ours(name):
+            object.__setattr__(self, name, value)
+        else:
+            setattr(self.wrappedFactory, name, value)
+
+    def __delattr__(self, name: str) -> None:
+        if _is_ours(name):
+            object.__delattr__(self, name)
+        else:
+            delattr(self.wrappedFactory, name)
 
     def __repr__(self) -> str:
         return f"<LimitingFactory of {self.wrappedFactory!r}>"
@@ -146,3 +167,8 @@ class LimitingFactory:
         from twisted.protocols.tls import TLSMemoryBIOProtocol
 
         return TLSMemoryBIOProtocol(self.wrappedFactory, protocol)
+
+
+def _is_ours(name: str) -> bool:
+    # What Python and zope.interface note about an object has underscores.
+    return name in LimitingFactory.__annotations__ or name.startswith("__")
