@@ -14,6 +14,7 @@ from support import PATIENCE, failing, twistd_command
 
 from connlimit import refusals
 from connlimit._config import Config, ServiceConfig, StatusConfig, read
+from connlimit._relay_options import RelayOptions
 from connlimit._toml import ConfigError
 
 EXAMPLE = Path(__file__).parent.parent / "docs" / "examples" / "connlimit.toml"
@@ -94,6 +95,51 @@ def test_every_kind_of_value_is_read(tmp_path: Path) -> None:
     assert "processes: 4" in config.summary()
     assert config.services["s"].plugin == ("web", "--path=.")
     assert config.status == StatusConfig("tcp:8081", True, ("status.example",))
+
+
+def test_how_a_relay_treats_its_connections_is_said_beside_forward(tmp_path: Path) -> None:
+    config = read(
+        written(
+            tmp_path,
+            """
+            [limiters.a]
+            max_connections = 5
+            [services.plain]
+            listen = "tcp:1"
+            forward = "tcp:localhost:9000"
+            [services.set]
+            listen = "tcp:2"
+            forward = "tcp:localhost:9000"
+            connect_timeout = 2
+            client_fin_timeout = "500ms"
+            server_fin_timeout = "1min"
+            send_proxy = true
+            """,
+        )
+    )
+    assert config.services["plain"].relay == RelayOptions(5.0, 1.0, 60.0, False)
+    assert config.services["set"].relay == RelayOptions(2, 0.5, 60, True)
+    assert "forwards to tcp:localhost:9000 with a PROXY header" in "\n".join(config.summary())
+
+
+@pytest.mark.parametrize(
+    ("lines", "error"),
+    [
+        ('forward = "tcp:localhost:1"\nconnect_timeout = 0', "connect_timeout must be a time above 0"),
+        (
+            'forward = "tcp:localhost:1"\nserver_fin_timeout = "soon"',
+            "server_fin_timeout must be a time above 0",
+        ),
+        ('forward = "tcp:localhost:1"\nsend_proxy = "yes"', "send_proxy must be true or false, not 'yes'"),
+        ('forward = "tls:localhost:1"\nsend_proxy = true', "send_proxy must be left out with forward tls:"),
+        ('factory = "a:b"\nconnect_timeout = 5', "connect_timeout needs forward"),
+    ],
+)
+def test_what_is_wrong_beside_forward_is_told(tmp_path: Path, lines: str, error: str) -> None:
+    (told,) = errors_of(
+        tmp_path, f'[limiters.a]\nmax_connections = 5\n[services.s]\nlisten = "tcp:1"\n{lines}\n'
+    )
+    assert f"[services.s] {error}" in told
 
 
 def test_everything_that_is_wrong_is_told_at_once(tmp_path: Path) -> None:

@@ -4,7 +4,12 @@ A relay: nothing is lost, nothing piles up, and each side hears of the other's e
 
 from __future__ import annotations
 
+import errno
+import os
+import select
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
@@ -13,22 +18,25 @@ from pathlib import Path
 import pytest
 from pytest_twisted import ensureDeferred
 from sockets import Client, connected, listening, patiently, until
-from support import PATIENCE, read_all, running
-from twisted.internet import reactor
+from support import PATIENCE, Log, read_all, running
+from twisted.internet import reactor, task
 from twisted.internet.address import IPv4Address
 from twisted.internet.defer import Deferred
 from twisted.internet.endpoints import TCP4ServerEndpoint, clientFromString, serverFromString
-from twisted.internet.error import ConnectionRefusedError
+from twisted.internet.error import ConnectionDone, ConnectionLost, ConnectionRefusedError
 from twisted.internet.interfaces import IHalfCloseableProtocol
 from twisted.internet.protocol import Factory
+from twisted.internet.task import Clock
 from twisted.internet.testing import StringTransport
 from twisted.logger import capturedLogs
 from twisted.python.failure import Failure
 from twisted.trial.unittest import SynchronousTestCase
 from zope.interface import implementer
 
-from connlimit import Limiter
+from connlimit import Limiter, _splice
 from connlimit._forward import RelayFactory
+from connlimit._relay_options import RelayOptions
+from connlimit._sockets import is_dead, unsent
 
 LOCAL = "tcp:0:interface=127.0.0.1"
 
@@ -56,6 +64,11 @@ class Peer(Client):
     """
 
     ended = False
+    was_reset = False
+
+    def connectionLost(self, reason: Failure) -> None:
+        self.was_reset = reason.check(ConnectionLost) is not None
+        super().connectionLost(reason)
 
     def readConnectionLost(self) -> None:
         self.ended = True
@@ -107,7 +120,9 @@ class Relayed:
 
 
 @asynccontextmanager
-async def relayed(most: int | None = None, backend_at: str = LOCAL) -> AsyncIterator[Relayed]:
+async def relayed(
+    most: int | None = None, backend_at: str = LOCAL, **options: object
+) -> AsyncIterator[Relayed]:
     """
     A relay with so many slots, whose clients and backends end with the context.
     """
@@ -116,7 +131,7 @@ async def relayed(most: int | None = None, backend_at: str = LOCAL) -> AsyncIter
     host = port.getHost()
     target = f"tcp:127.0.0.1:{host.port}" if hasattr(host, "port") else f"unix:{host.name.decode()}"
     limiter = Limiter(most)
-    relay = RelayFactory(clientFromString(reactor, target), target)
+    relay = RelayFactory(clientFromString(reactor, target), target, RelayOptions(**options))
     async with listening(limiter, server=relay) as (_, where):
         try:
             yield Relayed(limiter, backend, where)
@@ -235,17 +250,241 @@ async def test_a_backend_that_is_down_closes_the_client_and_the_service_goes_on(
         (warning,) = [event for event in events if event["log_namespace"].startswith("connlimit")]
         assert warning["backend"] == target
         assert "log_failure" not in warning
+        with capturedLogs() as events:
+            for _ in range(50):
+                await (await connected(where)).is_closed()
+            await until(lambda: limiter.active == 0)
+        assert not [event for event in events if event["log_namespace"].startswith("connlimit")]
         backend = Backend()
         port = await TCP4ServerEndpoint(reactor, number, interface="127.0.0.1").listen(backend)
-        client = await connected(where)
-        client.transport.write(b"now it is up")
-        await until(lambda: backend.peers)
-        await backend.peers[0].receives(b"now it is up")
+        with Log() as log:
+            client = await connected(where)
+            client.transport.write(b"now it is up")
+            await until(lambda: backend.peers)
+            await backend.peers[0].receives(b"now it is up")
+        (line,) = log.texts()
+        assert line.startswith(f"{target} can be reached again, after 51 connections")
         await client.close()
         await until(lambda: backend.peers[0].ended)
         backend.peers[0].transport.loseConnection()
         await port.stopListening()
         await until(lambda: limiter.active == 0)
+
+
+@ensureDeferred
+async def test_a_reset_by_either_side_reaches_the_other_as_a_reset() -> None:
+    async with relayed(1) as relay:
+        for resetting in (0, 1):
+            ends = await relay.pair()
+            ends[resetting].transport.write(b"the beginning of")
+            await ends[1 - resetting].receives(b"the beginning of")
+            ends[resetting].transport.abortConnection()
+            await ends[1 - resetting].is_closed()
+            assert ends[1 - resetting].was_reset
+            assert not ends[1 - resetting].ended
+            await until(lambda: relay.limiter.active == 0)
+
+
+@ensureDeferred
+async def test_what_came_before_a_reset_arrives_before_it() -> None:
+    async with relayed(1) as relay:
+        client, backend = await relay.pair()
+        client.transport.pauseProducing()
+        answer = b"x" * 500_000
+        backend.transport.write(answer)
+        await until(lambda: not unsent(backend.transport))
+        backend.transport.abortConnection()
+        # The client reads nothing, and its slot is free all the same.
+        await until(lambda: relay.limiter.active == 0)
+        client.transport.resumeProducing()
+        await client.receives(answer)
+        await client.is_closed()
+        assert client.was_reset
+
+
+@ensureDeferred
+async def test_a_backend_that_has_answered_and_closed_frees_the_slot_before_the_client_closes() -> None:
+    async with relayed(2, client_fin_timeout=0.1) as relay:
+        pooled = [await relay.pair() for _ in range(2)]
+        for client, backend in pooled:
+            backend.transport.write(b"answer")
+            backend.transport.loseConnection()
+            await client.receives(b"answer")
+        _, backend = await relay.pair()
+        backend.transport.write(b"next")
+        assert all(client.ended for client, _ in pooled)
+
+
+@ensureDeferred
+async def test_a_client_that_goes_on_speaking_after_the_backends_last_word_is_not_cut_off() -> None:
+    async with relayed(1, client_fin_timeout=0.2) as relay:
+        client, backend = await relay.pair()
+        backend.transport.loseWriteConnection()
+        for number in range(1, 16):
+            client.transport.write(b"x")
+            await backend.receives(b"x" * number)
+            await task.deferLater(reactor, 0.05)
+        client.transport.loseWriteConnection()
+        await until(lambda: relay.limiter.active == 0)
+        assert backend.ended
+
+
+@ensureDeferred
+async def test_a_backend_that_never_answers_a_client_that_has_said_all_is_given_up() -> None:
+    async with relayed(1, server_fin_timeout=0.2) as relay:
+        client, backend = await relay.pair()
+        client.transport.write(b"question")
+        client.transport.loseWriteConnection()
+        await until(lambda: backend.ended)
+        for number in range(1, 16):
+            backend.transport.write(b"x")
+            await client.receives(b"x" * number)
+            await task.deferLater(reactor, 0.05)
+        await client.is_closed()
+        assert client.was_reset
+        await until(lambda: is_dead(backend.transport))
+        assert relay.limiter.active == 0
+
+
+@ensureDeferred
+async def test_a_reset_is_noticed_while_the_backend_works_on_the_last_word_of_the_client() -> None:
+    async with relayed(1, server_fin_timeout=1000) as relay:
+        client, backend = await relay.pair()
+        client.transport.loseWriteConnection()
+        await until(lambda: backend.ended)
+        client.transport.abortConnection()
+        await until(lambda: relay.limiter.active == 0)
+
+
+class HungBackend:
+    """
+    A server that accepts and never reads, and counts its connections by the kernel's word alone.
+
+    :ivar live: the sockets of those that are there.
+    :ivar most: how many there were at the most.
+    :ivar accepted: how many there were in all.
+    """
+
+    def __init__(self) -> None:
+        self.listener = socket.create_server(("127.0.0.1", 0), backlog=1000)
+        self.where = f"tcp:127.0.0.1:{self.listener.getsockname()[1]}"
+        self.live: dict[int, socket.socket] = {}
+        self.most = self.accepted = 0
+
+    def __enter__(self) -> HungBackend:
+        self._epoll = select.epoll()
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stopped.set()
+        self._thread.join(PATIENCE)
+        self.listener.close()
+        self._epoll.close()
+        for each in self.live.values():
+            each.close()
+
+    def _run(self) -> None:
+        self.listener.settimeout(0.01)
+        while not self._stopped.is_set():
+            try:
+                connection, _ = self.listener.accept()
+            except TimeoutError:
+                self._bury()
+                continue
+            self._epoll.register(connection, 0)  # the end of both directions is always told
+            self.live[connection.fileno()] = connection
+            self.accepted += 1
+            self._bury()
+            self.most = max(self.most, len(self.live))
+
+    def _bury(self) -> None:
+        for descriptor, _ in self._epoll.poll(0):
+            self._epoll.unregister(descriptor)
+            self.live.pop(descriptor).close()
+
+
+@pytest.mark.skipif(not hasattr(select, "epoll"), reason="counts by epoll")
+@pytest.mark.parametrize("size", [0, 1_000, 12_000_000])
+@ensureDeferred
+async def test_a_hung_backend_never_has_more_connections_than_slots(size: int) -> None:
+    rounds, at_once = (8, 12) if size < 10_000_000 else (2, 6)
+    limiter = Limiter(5)
+    with HungBackend() as backend:
+        relay = RelayFactory(clientFromString(reactor, backend.where), backend.where)
+        async with listening(limiter, server=relay) as (_, where):
+            for _ in range(rounds):
+                known = backend.accepted
+                clients = [await connected(where) for _ in range(at_once)]
+                for client in clients:
+                    client.transport.write(bytes(size))
+                await until(lambda known=known: backend.accepted >= known + 5)
+                if size > 10_000_000:
+                    # Until nothing moves any more, and nobody reads from the clients.
+                    await until(lambda clients=clients: all(unsent(each.transport) for each in clients))
+                for client in clients:
+                    client.transport.abortConnection()
+                await until(lambda: limiter.active == 0)
+            await until(lambda: not backend.live)
+        assert backend.most == 5
+
+
+@ensureDeferred
+async def test_a_client_that_leaves_while_the_backend_connects_frees_its_slot_at_once() -> None:
+    backends = []
+
+    class Blackhole:
+        def connect(self, factory: Factory) -> Deferred[object]:
+            backends.append(PendingBackend())
+            return backends[-1].connect(factory)
+
+    limiter = Limiter(1)
+    async with listening(limiter, server=RelayFactory(Blackhole(), "blackhole")) as (_, where):
+        for leave in ("abortConnection", "loseConnection"):
+            client = await connected(where)
+            await until(lambda: limiter.active == 1)
+            getattr(client.transport, leave)()
+            await until(lambda: limiter.active == 0)
+            assert backends[-1].cancelled
+        # One that has said something wants it delivered.
+        client = await connected(where)
+        client.transport.write(b"last word")
+        client.transport.loseConnection()
+        await until(lambda: len(backends) == 3)
+        await task.deferLater(reactor, 0.1)
+        assert limiter.active == 1
+        backends[-1].connecting.cancel()
+        await until(lambda: limiter.active == 0)
+
+
+@ensureDeferred
+async def test_without_a_pipe_everything_goes_the_ordinary_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(flags: int) -> tuple[int, int]:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    _splice._pipe.cache_clear()
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "pipe2", fail)
+        async with relayed() as relay:
+            client, backend = await relay.pair()
+            client.transport.write(b"question")
+            await backend.receives(b"question")
+            backend.transport.write(b"x" * 3_000_000)
+            await client.receives(b"x" * 3_000_000)
+
+
+def test_a_forked_process_has_a_pipe_of_its_own() -> None:
+    if not hasattr(os, "fork") or not hasattr(os, "splice"):
+        pytest.skip("there is no fork, or no splice")
+    code = (
+        "import os; from connlimit import _splice\n"
+        "mine = os.fstat(_splice._pipe()[0]).st_ino\n"
+        "if os.fork(): raise SystemExit(os.waitstatus_to_exitcode(os.wait()[1]))\n"
+        "os._exit(os.fstat(_splice._pipe()[0]).st_ino == mine)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], timeout=PATIENCE).returncode == 0
 
 
 class PendingBackend:
@@ -269,7 +508,10 @@ class ConnectingTests(SynchronousTestCase):
 
     def setUp(self) -> None:
         self.backend = PendingBackend()
-        self.client = RelayFactory(self.backend, "backend").buildProtocol(None)
+        self.clock = Clock()
+        self.client = RelayFactory(self.backend, "backend", clock=self.clock).buildProtocol(None)
+        self.released: list[None] = []
+        self.client.keep_slot(lambda: self.released.append(None))
         self.transport = StringTransport(peerAddress=IPv4Address("TCP", "127.0.0.1", 5))
         self.client.makeConnection(self.transport)
 
@@ -290,14 +532,72 @@ class ConnectingTests(SynchronousTestCase):
 
     def test_each_side_is_the_producer_of_the_other(self) -> None:
         backend = self.answer()
-        self.assertIs(self.transport.producer, backend)
-        self.assertIs(backend.producer, self.transport)
-        self.assertTrue(backend.streaming)
+        for consumer, producer in ((self.transport, backend), (backend, self.transport)):
+            self.assertTrue(consumer.streaming)
+            consumer.producer.pauseProducing()
+            self.assertEqual(producer.producerState, "paused")
+            consumer.producer.resumeProducing()
+            self.assertEqual(producer.producerState, "producing")
 
     def test_a_client_that_leaves_while_it_connects_cancels_the_connecting(self) -> None:
         self.client.connectionLost(Failure(ConnectionRefusedError()))
         self.assertTrue(self.backend.cancelled)
         self.assertFalse(self.transport.disconnecting)
+
+    def test_what_arrives_before_the_backend_is_connected_is_kept(self) -> None:
+        self.client.dataReceived(b"early ")
+        self.client.dataReceived(b"words")
+        self.assertEqual(self.answer().value(), b"early words")
+
+    def test_a_backend_that_takes_too_long_is_given_up(self) -> None:
+        with Log() as log:
+            self.clock.advance(5)
+        self.assertEqual(len(log.texts()), 1)
+        self.assertIn("it did not answer within 5 s", log.texts()[0])
+        self.assertTrue(self.backend.cancelled)
+        self.assertTrue(self.transport.disconnecting)
+        self.assertEqual(len(self.released), 1)
+
+    def test_nothing_is_timed_any_more_when_all_is_over(self) -> None:
+        self.answer()
+        self.client.readConnectionLost()
+        self.assertTrue(self.clock.getDelayedCalls())
+        self.client.other.connectionLost(Failure(ConnectionDone()))
+        self.client.connectionLost(Failure(ConnectionDone()))
+        self.assertEqual(self.clock.getDelayedCalls(), [])
+        self.assertEqual(len(self.released), 1)
+
+    def test_the_slot_is_free_when_the_backend_is_gone_and_the_client_still_takes_the_rest(self) -> None:
+        self.answer()
+        self.client.other.connectionLost(Failure(ConnectionDone()))
+        self.assertEqual(len(self.released), 1)
+        self.assertTrue(self.transport.disconnecting)
+        self.client.connectionLost(Failure(ConnectionDone()))
+        self.assertEqual(len(self.released), 1)
+
+    def test_the_slot_is_not_free_before_the_backend_is_gone(self) -> None:
+        backend = self.answer()
+        backend_end = self.client.other
+        self.client.connectionLost(Failure(ConnectionDone()))
+        self.assertEqual(self.released, [])
+        self.assertTrue(backend.disconnecting)
+        backend_end.connectionLost(Failure(ConnectionDone()))
+        self.assertEqual(len(self.released), 1)
+
+    def test_a_backend_that_takes_nothing_of_a_client_that_is_gone_is_reset(self) -> None:
+        backend = self.answer()
+        self.client.connectionLost(Failure(ConnectionDone()))
+        self.assertFalse(backend.disconnected)
+        self.clock.pump([0.25] * 4)
+        self.assertTrue(backend.disconnected)
+
+    def test_a_client_that_takes_nothing_of_the_rest_is_reset_in_the_end(self) -> None:
+        self.answer()
+        self.client.other.connectionLost(Failure(ConnectionDone()))
+        self.clock.pump([1.0] * 55)
+        self.assertFalse(self.transport.disconnected)
+        self.clock.pump([1.0] * 10)
+        self.assertTrue(self.transport.disconnected)
 
     def test_a_client_that_says_all_while_it_connects_is_closed(self) -> None:
         self.client.readConnectionLost()

@@ -464,6 +464,16 @@ def test_every_command_tells_the_version(program: str) -> None:
         (["--listen", "ssl:0:privateKey=/nowhere", "--forward", "tcp:localhost:1"], ["--listen", "/nowhere"]),
         (["--listen", LOCAL, "--forward", "tcp"], ["--forward", "'tcp'"]),
         (["--listen", LOCAL, "--forward", "nonsense:1"], ["--forward", "'nonsense:1'"]),
+        (["--send-proxy"], ["--send-proxy", "--forward"]),
+        (["--connect-timeout", "3", "web"], ["--connect-timeout", "--forward"]),
+        (
+            ["--listen", LOCAL, "--forward", "tcp:localhost:1", "--server-fin-timeout", "0"],
+            ["--server-fin-timeout must be a time above 0", "'0'"],
+        ),
+        (
+            ["--listen", LOCAL, "--forward", "tls:localhost:1", "--send-proxy"],
+            ["--send-proxy must be left out with --forward tls:localhost:1"],
+        ),
         (["--listen", LOCAL, "--factory", "echo_server"], ["--factory", "MODULE:NAME", "'echo_server'"]),
         (["--listen", LOCAL, "--factory", "no_such_module:x"], ["--factory", "no_such_module"]),
         (["--listen", LOCAL, "--factory", "echo_server:absent"], ["--factory", "absent"]),

@@ -12,6 +12,7 @@ from typing import Any
 import attrs
 
 from connlimit._accepting import WHEN_FULL
+from connlimit._relay_options import RELAY_FIELDS, RelayOptions, relay_options
 from connlimit._settings import FIELDS, Settings, check_limits, load, seconds, shown
 from connlimit._toml import ConfigError, document
 
@@ -31,6 +32,7 @@ class ServiceConfig:
     :ivar limiter: the name of its limiter; may be left out if there is one only.
     :ivar listen: an endpoint string or several.
     :ivar forward: the endpoint string of another server.
+    :ivar relay: how the relay to it treats its connections.
     :ivar factory: MODULE:NAME of a factory, or of a callable that returns one.
     :ivar plugin: a twistd plugin's name and its arguments.
     :ivar when_full: what its ports do when its limiter is full, ``refuse`` or ``stop-accepting``.
@@ -43,6 +45,7 @@ class ServiceConfig:
     factory: str | None = None
     plugin: tuple[str, ...] = ()
     when_full: str = "refuse"
+    relay: RelayOptions = RelayOptions()
 
 
 @attrs.frozen
@@ -95,7 +98,7 @@ class Config:
         ]
         for service in self.services.values():
             does = (
-                f"forwards to {service.forward}"
+                f"forwards to {service.forward}{' with a PROXY header' if service.relay.send_proxy else ''}"
                 if service.forward
                 else f"serves with {service.factory}"
                 if service.factory
@@ -208,9 +211,8 @@ class _Reader:
     ) -> ServiceConfig | None:
         where = f"services.{name}"
         before = len(self._errors)
-        table = self._known(
-            table, where, [each.name for each in attrs.fields(ServiceConfig) if each.name != "name"]
-        )
+        keys = [each.name for each in attrs.fields(ServiceConfig) if each.name not in ("name", "relay")]
+        table = self._known(table, where, [*keys, *RELAY_FIELDS])
         listen = self._value(where, table, "listen", "an endpoint such as 'tcp:8080', or several", _texts, ())
         plugin = self._value(
             where,
@@ -223,6 +225,7 @@ class _Reader:
         forward = self._value(
             where, table, "forward", "an endpoint such as 'tcp:localhost:9000'", _text, None
         )
+        relay = self._relay(where, table, forward)
         factory = self._value(
             where, table, "factory", "a text such as 'mypackage.server:factory'", _text, None
         )
@@ -249,7 +252,18 @@ class _Reader:
             self._errors.append(f"{self._file}: [{where}] listen {what}")
         if len(self._errors) > before:
             return None
-        return ServiceConfig(name, limiter, listen, forward, factory, plugin, when_full)
+        return ServiceConfig(name, limiter, listen, forward, factory, plugin, when_full, relay)
+
+    def _relay(self, where: str, table: Mapping[str, Any], forward: str | None) -> RelayOptions:
+        given = {name: table[name] for name in RELAY_FIELDS if name in table}
+        if given and "forward" not in table:
+            self._errors.append(f"{self._file}: [{where}] {next(iter(given))} needs forward")
+        elif given and forward is not None:
+            try:
+                return relay_options(given, forward)
+            except ValueError as error:
+                self._errors.append(f"{self._file}: [{where}] {error}")
+        return RelayOptions()
 
     def _status(self, table: Any) -> StatusConfig | None:
         if not isinstance(table, dict):

@@ -86,7 +86,7 @@ def _parts(service: ServiceConfig, reactor: Any, twistd: usage.Options | None, i
     make = None
     if service.forward is not None:
         backend = found(client_endpoint, reactor, service.forward, "forward")
-        factory = RelayFactory(backend, service.forward)
+        factory = RelayFactory(backend, service.forward, service.relay)
     elif service.factory is not None:
         factory = found(import_factory, service.factory, "factory")
     else:

@@ -23,7 +23,7 @@ from zope.interface import implementer, providedBy
 
 from connlimit import _departures, _descriptors, _sockets
 from connlimit._peers import UNIXPeer
-from connlimit.interfaces import IConnection
+from connlimit.interfaces import IConnection, ISlotKeeper
 
 if TYPE_CHECKING:
     from connlimit._factory import LimitingFactory
@@ -119,6 +119,12 @@ class DelegatingProtocol:  # type: ignore[misc]  # connectionMade is for makeCon
         address = self.address
         self.become(class_for(providedBy(protocol)))
         self.address = address
+        self.has_delegate()
+
+    def has_delegate(self) -> None:
+        """
+        A protocol has taken the place of the one that waited.
+        """
 
     def makeConnection(self, transport: Any) -> None:
         self.transport = transport
@@ -459,10 +465,47 @@ class _FileDescriptorReceiver(DelegatingProtocol):
         self.wrappedProtocol.fileDescriptorReceived(descriptor)
 
 
+class _SlotKept(DelegatingProtocol):
+    """
+    Its delegate says when the slot is free.
+    """
+
+    __slots__ = ()
+
+    def has_delegate(self) -> None:
+        self.wrappedProtocol.keep_slot(self._release_slot)
+
+    def makeConnection(self, transport: Any) -> None:
+        self.has_delegate()
+        super().makeConnection(transport)
+
+    def connectionLost(self, reason: Failure = connectionDone) -> None:
+        self.connected = 0
+        try:
+            self.wrappedProtocol.connectionLost(reason)
+        except BaseException:
+            self._release_slot()
+            raise
+
+    def _release_slot(self) -> None:
+        self.factory.limiter.finish(self)
+
+    def is_dead(self) -> bool:
+        return bool(self.wrappedProtocol.is_over())
+
+    def abort(self) -> None:
+        try:
+            self.wrappedProtocol.abort_all()
+        except Exception:
+            self.factory.connection_log.failure("{connection} could not be ended", connection=self)
+        super().abort()
+
+
 _forwarding = {
     IHalfCloseableProtocol: _HalfCloseable,
     IHandshakeListener: _HandshakeListener,
     IFileDescriptorReceiver: _FileDescriptorReceiver,
+    ISlotKeeper: _SlotKept,
 }
 
 

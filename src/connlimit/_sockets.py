@@ -53,6 +53,30 @@ def socket_of(transport: Any) -> socket.socket | None:
     return sock if isinstance(sock, socket.socket) and sock.fileno() >= 0 else None
 
 
+def buffered(transport: Any) -> int:
+    """
+    How many bytes a transport has still to write.
+    """
+    transport = lowest(transport)
+    waiting = len(getattr(transport, "dataBuffer", b"")) - getattr(transport, "offset", 0)
+    return waiting + int(getattr(transport, "_tempDataLen", 0))
+
+
+def unsent(transport: Any) -> int:
+    """
+    How many bytes that were written to a transport its peer has not acknowledged, as far as the kernel tells.
+    """
+    sock = socket_of(transport)
+    count = buffered(transport)
+    if sock is None or fcntl is None or not hasattr(termios, "TIOCOUTQ"):
+        return count
+    try:
+        # For sockets it is SIOCOUTQ: tcp(7), unix(7).
+        return count + int.from_bytes(fcntl.ioctl(sock.fileno(), termios.TIOCOUTQ, bytes(4)), sys.byteorder)
+    except OSError:
+        return count
+
+
 def is_dead(transport: Any) -> bool:
     """
     Whether the socket under a transport is closed, or was reset or closed by its peer for good.

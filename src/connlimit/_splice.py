@@ -8,17 +8,22 @@ it, and a relayed connection needs no descriptors besides its two sockets.
 
 from __future__ import annotations
 
+import errno
 import os
 from contextlib import suppress
 from functools import cache
 from typing import Any
 
+from twisted.internet.main import CONNECTION_LOST
 from twisted.internet.tcp import Connection
 
 #: How many bytes are moved at once, at most; the largest pipe that everybody may have by default.
 _MOST = 1 << 20
 
 _NOW = getattr(os, "SPLICE_F_MOVE", 0) | getattr(os, "SPLICE_F_NONBLOCK", 0)
+
+#: What the kernel says if it cannot do that with this socket, or not now: the connection itself is all right.
+_NOT_SO = {errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOMEM, errno.EBADF}
 
 
 def can_splice(source: object, target: object) -> bool:
@@ -30,23 +35,27 @@ def can_splice(source: object, target: object) -> bool:
     )
 
 
-def splice(source: Any, target: Any) -> bool:
+def splice(source: Any, target: Any) -> Any:
     """
     Move what has arrived at one transport to the other.
 
-    :return: False if that must be done in the ordinary way this time: the target has still something else to
-        write, or the source has an end or an error to tell of.
+    :return: what ``doRead`` of the source is to return; False if that must be called this time: the target
+        has still something else to write, the source is at its end, or no pipe can be had.
     """
     # What comes later must not overtake what Twisted has not written yet.
     if target.dataBuffer or target._tempDataLen or target.disconnecting or not target.connected:
         return False
-    entry, exit = _pipe()
+    try:
+        entry, exit = _pipe()
+    except OSError:
+        return False
     try:
         count = os.splice(source.fileno(), entry, _MOST, flags=_NOW)
     except BlockingIOError:
-        return True
-    except OSError:
-        return False
+        return None
+    except OSError as error:
+        # The kernel tells of an error once: after this, reading would find an orderly end.
+        return False if error.errno in _NOT_SO else CONNECTION_LOST
     if not count:
         return False
     try:
@@ -57,13 +66,15 @@ def splice(source: Any, target: Any) -> bool:
         data = os.read(exit, left)
         left -= len(data)
         target.write(data)
-    return True
+    return None
 
 
 @cache
 def _pipe() -> tuple[int, int]:
     """
     The pipe, which is made when it is needed first.
+
+    :raises OSError: if no descriptor is left for it now.
     """
     import fcntl
 
@@ -71,3 +82,8 @@ def _pipe() -> tuple[int, int]:
     with suppress(OSError):  # the user may have no more
         fcntl.fcntl(entry, fcntl.F_SETPIPE_SZ, _MOST)
     return entry, exit
+
+
+# Two processes must not take each other's bytes out of one pipe.
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=lambda: _pipe.cache_clear())

@@ -20,6 +20,7 @@ from connlimit._forward import RelayFactory
 from connlimit._options import ProgramOptions
 from connlimit._processes import Parent
 from connlimit._program import CannotStart, Program
+from connlimit._relay_options import RELAY_FIELDS, RelayOptions, relay_options
 from connlimit._role import Alone
 from connlimit._service import LimitedService
 from connlimit._serving import as_if_alone, import_factory, limited_plugin, plugins
@@ -90,6 +91,11 @@ class Options(ProgramOptions):
             "how long the connections that are served may take to end when the program is stopped [seconds]",
         ],
         ["forward", None, None, "relay to the server at this client endpoint, such as tcp:localhost:9000"],
+        *(
+            [name.replace("_", "-"), None, f"{field.default:g}", f"{field.metadata['help']} [seconds]"]
+            for name, field in RELAY_FIELDS.items()
+            if field.default is not False
+        ),
         [
             "shared",
             None,
@@ -123,6 +129,7 @@ class Options(ProgramOptions):
     optFlags = [
         ["check-config", None, "say what --config would do, or what is wrong with it, and exit"],
         ["log-connections", None, "tell of each connection in the log"],
+        ["send-proxy", None, RELAY_FIELDS["send_proxy"].metadata["help"]],
     ]
 
     @property
@@ -171,6 +178,10 @@ class Options(ProgramOptions):
                 raise usage.UsageError(
                     f"--listen must be left out before a plugin: {self.subCommand} listens by its own options"
                 )
+        if self["forward"] is None:
+            for each in map(_spell, RELAY_FIELDS):
+                if self[each[2:]] != self.defaults[each[2:]]:
+                    raise usage.UsageError(f"{each} needs --forward, such as --forward tcp:localhost:9000")
         if len(targets) > 1:
             raise usage.UsageError(f"only one of {' and '.join(targets)} can be limited")
         if not targets:
@@ -188,6 +199,7 @@ class Options(ProgramOptions):
             self["endpoints"] = [server_endpoint(reactor, each) for each in self["listen"]]
             if self["forward"] is not None:
                 self["backend"] = client_endpoint(reactor, self["forward"])
+                self["relay"] = self._relay_options()
             if self["factory"] is not None:
                 self["served"] = import_factory(self["factory"])
             self["status-endpoint"] = (
@@ -198,6 +210,14 @@ class Options(ProgramOptions):
                 check_limits(given | shared, _spell, "--max-connections none")
         except ValueError as error:
             raise usage.UsageError(str(error)) from None
+
+    def _relay_options(self) -> RelayOptions:
+        """
+        How the relay treats its connections.
+        """
+        given = {name: self[name.replace("_", "-")] for name in RELAY_FIELDS}
+        given["send_proxy"] = bool(given["send_proxy"])
+        return relay_options(given, self["forward"], _spell)
 
     def _read_config(self) -> None:
         """
@@ -262,7 +282,7 @@ def makeService(options: Options, role: Alone | None = None) -> Program:
         role.plugin(inner).setServiceParent(program)
     else:
         if options["forward"] is not None:
-            factory: Any = RelayFactory(options["backend"], options["forward"])
+            factory: Any = RelayFactory(options["backend"], options["forward"], options["relay"])
         elif options["factory"] is not None:
             factory = options["served"]
         else:

@@ -133,8 +133,9 @@ class ServiceUnit:
         """
         Serve in another way, without touching a connection.
         """
-        served = (self.config.forward, self.config.factory)
-        if served != (parts.config.forward, parts.config.factory) and parts.factory is not None:
+        old, new = self.config, parts.config
+        is_served_so = (old.forward, old.relay, old.factory) == (new.forward, new.relay, new.factory)
+        if not is_served_so and parts.factory is not None:
             self.factory.wrappedFactory = parts.factory
             self.limiter.budget.expect(parts.factory)
         self.config = parts.config

@@ -197,6 +197,31 @@ class IRefusal(Interface):
         """
 
 
+class ISlotKeeper(Interface):
+    """
+    A protocol whose slot is not bound to its own connection, but to what it does with it.
+
+    A relay is one: its slot is free when its connection to the server behind it is over.
+    """
+
+    def keep_slot(release: Callable[[], None]) -> None:
+        """
+        Is called before ``makeConnection``: the slot is free when *release* is called, be it before or after
+        the end of the connection.
+        """
+
+    def is_over() -> bool:
+        """
+        Whether there is nothing any more that the slot is kept for. Is asked from time to time, so that no
+        slot is lost.
+        """
+
+    def abort_all() -> None:
+        """
+        End everything that the slot is kept for, without delay.
+        """
+
+
 class ILimiterObserver(Interface):
     """
     Whoever watches limiters: metrics, log, status page.
