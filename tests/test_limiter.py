@@ -1225,6 +1225,16 @@ class RateTests(LimiterTestCase):
         self.turn()
         self.assertEqual(len(self.served()), 120)
 
+    def test_a_rate_and_a_cap_of_peers_that_are_set_together_both_hold(self) -> None:
+        limiter = self.limited(10, max_rate=1, max_burst=1)
+        self.connect(6, host="10.0.0.1")
+        limiter.reconfigure(max_rate=1000, max_per_peer=2)
+        self.clock.pump([0.01] * 10)
+        self.assert_counts(active=2, waiting=4)
+        self.close(*self.clients[:2])
+        self.clock.pump([0.01] * 10)
+        self.assert_counts(active=2, waiting=2, finished=2)
+
     def test_it_can_be_lifted_while_some_wait_for_it(self) -> None:
         self.limited(None, max_rate=0.1, max_burst=1)
         self.connect(3)
@@ -1438,6 +1448,8 @@ class LookTests(SynchronousTestCase):
         self.assertEqual(self.closed(), [])
         self.clock.advance(2)
         self.assertEqual(self.closed(), [0])
+        self.limiter.finish(self.sockets[0])
+        self.assertEqual(self.limiter._closing, set())
 
     def test_nobody_is_closed_for_one_whom_a_free_slot_does_not_help(self) -> None:
         self.limited(1000, idle_timeout=3, max_per_peer=2)

@@ -232,7 +232,7 @@ class EveryOrder(RuleBasedStateMachine):
 
     @rule(
         order=st.sampled_from(sorted(ORDERS)),
-        max_per_peer=st.one_of(st.none(), st.integers(0, 2)),
+        max_per_peer=st.one_of(st.none(), st.integers(1, 2)),
         over_peer=st.sampled_from(["wait", "refuse"]),
         max_rate=st.sampled_from([None, None, 1, 10]),
         peer_prefix=st.sampled_from([(32, 64), (0, 0)]),

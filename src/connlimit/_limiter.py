@@ -660,6 +660,7 @@ class Limiter:
         del self._active[slot]
         if self._served_at:
             self._served_at.pop(slot, None)
+        if self._closing:
             self._closing.discard(slot)
         keys: Keys = ()
         if self._exempt and slot in self._exempt:

@@ -364,7 +364,8 @@ class Settings:
         :raises ValueError: for a wrong value, or one that needs another setting.
         """
         new = attrs.evolve(self, **{name: _converted(name, value) for name, value in changes.items()})
-        if new.max_burst is not None and new.max_rate is None:
+        # One that is left when the rate is lifted does no harm.
+        if changes.get("max_burst") is not None and new.max_rate is None:
             raise ValueError(f"{spell('max_burst')} needs {spell('max_rate')}, how many begin in a second")
         return new
 

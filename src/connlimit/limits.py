@@ -285,14 +285,13 @@ class Rate(_Announcing):
 
     def change(self, rate: float, burst: int | None) -> None:
         """
-        Have another rate from now on. What was taken remains taken.
+        Have another rate from now on. What was taken remains taken; nobody is told.
         """
         self._count()
         self._set(rate, burst)
         self._tokens = min(self._tokens, self._most)
-        if self._timer is not None:
-            self._timer.cancel()
-            self._time_over()
+        # Whoever changes the rate asks again.
+        self._unset_timer()
 
     def within(self, seconds: float) -> float:
         """
@@ -332,6 +331,9 @@ class Rate(_Announcing):
         Tell nobody any more.
         """
         self._subscribers.clear()
+        self._unset_timer()
+
+    def _unset_timer(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
