@@ -51,6 +51,7 @@ VALUES: dict[str, tuple[object, str, list[object], list[str]]] = {
     ),
     "refusal": (refusals.HTTP, "http", ["htpp", "say ", 5, None], ["htpp", "say", "say ", ""]),
     "dry_run": (True, "on", ["on", 1], ["maybe"]),
+    "log": (False, "no", ["no", 0, None], ["maybe"]),
     "name": ("web", "web", ["", 5], [""]),
 }
 

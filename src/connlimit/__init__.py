@@ -4,13 +4,14 @@ A connection limiter for any Twisted server: so many are served at once, the oth
 
 from connlimit._factory import LimitingFactory
 from connlimit._limiter import Limiter, Snapshot
-from connlimit._log import LimiterLog
+from connlimit._log import ConnectionLog, LimiterLog
 from connlimit._proxied import AfterHeader
 from connlimit._service import LimitedService, LimitingEndpoint
 from connlimit._version import __version__
 
 __all__ = [
     "AfterHeader",
+    "ConnectionLog",
     "LimitedService",
     "Limiter",
     "LimiterLog",

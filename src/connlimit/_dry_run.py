@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 _REPORT_INTERVAL = 60.0  # seconds
 
-_NOT_TRIED_OUT = {"dry_run", "exempt", "notice", "idle_timeout"}
+_NOT_TRIED_OUT = {"dry_run", "exempt", "notice", "idle_timeout", "log"}
 
 #: The share of connections that the suggested limit serves at once.
 SERVED_AT_ONCE = 0.99

@@ -155,6 +155,9 @@ class BorrowedLimit:
         self._recalled = False
         self._subscribers: list[Callable[[], None]] = []
 
+    def __repr__(self) -> str:
+        return "max_connections of all workers"
+
     def subscribe(self, callback: Callable[[], None]) -> None:
         """
         See `ILimit.subscribe`.

@@ -66,6 +66,7 @@ from connlimit._drain import Drain
 from connlimit._dry_run import DryRun
 from connlimit._inert import Inert
 from connlimit._line import Fifo, Keys, Line, new_order
+from connlimit._log import LimiterLog
 from connlimit._peers import busiest, exhausted, peer_key
 from connlimit._settings import Settings, adjustable
 from connlimit._system.bounded_log import BoundedLog
@@ -79,6 +80,7 @@ from connlimit.interfaces import (
     IRefusingLimit,
 )
 from connlimit.limits import All, PerPeer, Rate
+from connlimit.observers import hears
 from connlimit.refusals import DESCRIPTORS, DRAINING, FULL, PEER, REASONS, TIMEOUT
 
 _AUDIT_INTERVAL = 1.0  # seconds
@@ -168,12 +170,14 @@ class Limiter:
         "_exempted",
         "_failing",
         "_finished",
+        "_finished_observers",
         "_further",
         "_idle_closed",
         "_is_exempt",
         "_keyed",
         "_line",
         "_log",
+        "_log_observer",
         "_looks_again",
         "_most",
         "_observers",
@@ -191,6 +195,7 @@ class Limiter:
         "_returned",
         "_served_at",
         "_served_at_from",
+        "_served_observers",
         "_serving",
         "_timer",
         "_unnotified",
@@ -259,7 +264,10 @@ class Limiter:
         self._drains = 0
         self._draining = False
         self._dry_run: DryRun | None = None
-        self._observers: tuple[ILimiterObserver, ...] = tuple(observers)
+        self._set_observers(observers)
+        self._log_observer: LimiterLog | None = None
+        if not any(issubclass(type(each), LimiterLog) for each in self._observers):
+            self._switch_log()
         self._ports: list[IPort] = []
         # What its connections may take of the process's descriptors.
         self.budget = _descriptors.Budget()
@@ -387,6 +395,46 @@ class Limiter:
             for connection in islice(self._line, count)
         ]
 
+    @property
+    def observers(self) -> tuple[ILimiterObserver, ...]:
+        """
+        Who observes it.
+        """
+        return self._observers
+
+    def limited_by(self, reason: str = FULL, connection: IConnection | None = None) -> str:
+        """
+        In words, which limit makes connections wait now, or why one was refused.
+
+        :param reason: why.
+        :param connection: which.
+        """
+        settings = self.settings
+        if reason == DESCRIPTORS:
+            return "descriptors run short"
+        if reason == PEER and connection is not None:
+            return f"max_per_peer is {settings.max_per_peer}, of {self._peer(connection.address)}"
+        most = settings.max_waiting
+        queue = f", max_waiting is {most}" if most is not None and self.waiting >= most else ""
+        return self._lacking() + queue
+
+    def _lacking(self) -> str:
+        settings = self.settings
+        if not self._has_slot():
+            return f"max_connections is {settings.max_connections}"
+        keys = self._line.lacking()
+        if keys and not self._order:
+            limit, key = next(iter(keys))
+            others = f" and {len(keys) - 1} others" if len(keys) > 1 else ""
+            what = f"max_per_peer is {settings.max_per_peer}" if limit is self._peers else _named(limit)
+            return f"{what}, of {key}{others}" if key is not _UNKNOWN else what
+        limit = self._further.lacking if self._further is not None else None
+        if limit is None:
+            return f"{self.active} of any number"
+        if limit is self._rate:
+            return f"max_rate is {settings.max_rate} per second"
+        return f"no slot from {_named(limit)}"
+
     # What can be changed
 
     @property
@@ -440,6 +488,8 @@ class Limiter:
             self._stop_timers()
             self._start_timers()
         self._tell("reconfigured", changes)
+        if "log" in changes:
+            self._switch_log()
         if "exempt" in changes and self._is_exempt is not None:
             self._serve_exempt_waiting()
         self._may_have_room()
@@ -506,7 +556,7 @@ class Limiter:
             self._dry_run = None
         if self.settings.dry_run:
             shadow = Limiter(
-                clock=self._clock, **DryRun.tried_out(attrs.asdict(self.settings, recurse=False))
+                clock=self._clock, log=False, **DryRun.tried_out(attrs.asdict(self.settings, recurse=False))
             )
             self._dry_run = DryRun(self, shadow)
             self.add_observer(self._dry_run)
@@ -521,13 +571,28 @@ class Limiter:
         """
         Let the observer hear what happens from now on.
         """
-        self._observers = (*self._observers, observer)
+        self._set_observers((*self._observers, observer))
 
     def remove_observer(self, observer: ILimiterObserver) -> None:
         """
         Let the observer hear nothing any more.
         """
-        self._observers = tuple(each for each in self._observers if each is not observer)
+        self._set_observers(each for each in self._observers if each is not observer)
+
+    def _set_observers(self, observers: Iterable[ILimiterObserver]) -> None:
+        self._observers = tuple(observers)
+        # Each connection makes these events, so it matters whether anybody hears them.
+        self._served_observers, self._finished_observers = (
+            tuple(each for each in self._observers if hears(each, event)) for event in ("served", "finished")
+        )
+
+    def _switch_log(self) -> None:
+        if self._log_observer is not None:
+            self.remove_observer(self._log_observer)
+            self._log_observer = None
+        if self.settings.log:
+            self._log_observer = LimiterLog()
+            self.add_observer(self._log_observer)
 
     def drain(self, timeout: float | None = None) -> Deferred[None]:
         """
@@ -602,7 +667,7 @@ class Limiter:
         self._active[slot] = connection.address
         if self._served_at is not None:
             self._served_at[slot] = self.clock.seconds()
-        if self._observers:
+        if self._served_observers:
             self._tell("served", connection, 0.0)
         return True
 
@@ -671,7 +736,7 @@ class Limiter:
                 if self._line.has_aside:
                     keys = self._keys(connection)
                 self._further.release(connection)
-        if self._observers:
+        if self._finished_observers:
             self._tell("finished", connection)
         for key in keys:
             self._line.call_back(key)
@@ -902,7 +967,7 @@ class Limiter:
         self._active[slot] = connection.address
         if self._served_at is not None:
             self._served_at[slot] = now
-        if self._observers:
+        if self._served_observers:
             self._tell("served", connection, waited)
         connection.serve()
         return True
@@ -1177,6 +1242,19 @@ class Limiter:
             except Exception:
                 self._log.failure("{observer} failed to observe {event}", observer=observer, event=event)
 
+
+def _named(limit: ILimit) -> str:
+    """
+    What a limit is called in the log.
+    """
+    if type(limit).__repr__ is not object.__repr__:
+        return repr(limit)[:_MOST_NAMED]
+    name = getattr(limit, "name", None)
+    return f"{type(limit).__name__} {name}"[:_MOST_NAMED] if isinstance(name, str) else type(limit).__name__
+
+
+#: How much of a limit's name is logged.
+_MOST_NAMED = 100
 
 #: The settings that change the order of the line, the limits, and the timers.
 _OF_THE_LINE = {"order", "peer_prefix", "adaptive_target", "adaptive_interval"}

@@ -5,7 +5,7 @@ The waiting line: who waits, since when, and whose turn it is.
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping
 from heapq import heapify, heappop, heappush
 from itertools import count
 from typing import Any, TypeAlias, TypeVar
@@ -388,6 +388,12 @@ class Line:
         Whether somebody stands aside.
         """
         return bool(self._groups)
+
+    def lacking(self) -> Collection[Any]:
+        """
+        The keys that have no room, and below which somebody stands aside.
+        """
+        return self._below.keys()
 
     def aside(self) -> dict[Hashable, int]:
         """

@@ -15,7 +15,7 @@ from twisted.logger import Logger
 
 from connlimit import _descriptors, _systemd
 from connlimit._limiter import Limiter
-from connlimit._log import LimiterLog
+from connlimit._log import ConnectionLog
 from connlimit._role import Alone
 from connlimit._sharing import close
 
@@ -65,11 +65,11 @@ class Program(MultiService):
 
     def add_limiter(self, limiter: Limiter) -> None:
         """
-        Have a limiter logged, and drained at the end.
+        Have a limiter drained at the end, and its connections logged if that is asked for.
         """
         self.limiters[limiter.name] = limiter
-        if self.role.serves:
-            limiter.add_observer(LimiterLog(self._log_connections))
+        if self._log_connections and self.role.serves:
+            limiter.add_observer(ConnectionLog())
 
     def privilegedStartService(self) -> None:
         """

@@ -353,6 +353,7 @@ class Settings:
     dry_run: bool = _setting(
         False, _FLAG, "", "serve everybody, and report who would have waited or been refused"
     )
+    log: bool = _setting(True, _FLAG, "", "log when it is full, by which limit, and when it has room again")
     name: str = _setting("default", _NAME, "", "what the limiter is called in logs and metrics")
 
     def evolve(self, changes: Mapping[str, Any], spell: Callable[[str], str] = str) -> Settings:

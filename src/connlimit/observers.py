@@ -54,3 +54,14 @@ class LimiterObserver:
         """
         See `ILimiterObserver.reconfigured`.
         """
+
+
+def hears(observer: object, event: str) -> bool:
+    """
+    Whether an observer does anything when it is told of an event, by the name of its method.
+    """
+    try:
+        method = getattr(observer, event, None)
+    except Exception:
+        return True  # it will raise again when it is told, and that is logged
+    return getattr(method, "__func__", method) is not getattr(LimiterObserver, event)
