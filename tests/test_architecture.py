@@ -25,6 +25,7 @@ CORE = {"twisted", "zope", "attrs", "attr", "constantly", "incremental", "OpenSS
 EXTRAS = {
     "metrics": {"prometheus_client"},
     "_redis": {"txredisapi"},
+    "_redis_link": {"txredisapi"},
     "_sentinel": {"txredisapi"},
     "_toml": {"tomli", "tomllib"},
 }

@@ -5,6 +5,7 @@ A limit that processes share by way of a real Redis.
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import random
 import re
@@ -15,8 +16,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, closing, suppress
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, closing, contextmanager, suppress
 from pathlib import Path
 from time import monotonic
 
@@ -38,6 +39,10 @@ from connlimit.refusals import Say
 
 txredisapi = pytest.importorskip("txredisapi")
 redis_limit = pytest.importorskip("connlimit._redis_limit")
+
+LEASE = (Path(redis_limit.__file__).parent / "lease.lua").read_bytes()
+
+NUMBERS = itertools.count()
 
 TTL = 1.5
 
@@ -314,10 +319,11 @@ async def test_a_late_question_undoes_nothing(redis: Redis) -> None:
         members.want(0, 3)
         await until(lambda: members.used() == [3])
         limit = members.limits[0]
-        late = [limit._member, int(TTL * 1000), 0, 0, 0, 5, limit._channel, limit._question]
-        assert await patiently(limit._ask_redis(redis_limit._LEASE, late, PATIENCE)) == [0, 0]
+        late = json.loads(limit._say(in_use=0, kept=0, wanted=0, more=False, age=0, same=True, outlived=0))
+        assert lease(redis, limit.name, **late) == []
         connection = await patiently(txredisapi.UnixConnection(str(redis.socket), reconnect=False))
-        assert int(await patiently(connection.hget(limit._keys[1], limit._member))) >= 3
+        record = await patiently(connection.hget(redis_limit.keys_of(limit.name)[0], limit.member))
+        assert json.loads(record)["held"] >= 3
         await patiently(connection.disconnect())
 
 
@@ -327,13 +333,11 @@ async def test_nothing_is_left_in_redis(redis: Redis) -> None:
         members.want(0, 2)
         members.want(1, 2)
         await until(lambda: members.used() == [2, 2])
-        limit = members.limits[0]
-    connection = await patiently(txredisapi.UnixConnection(str(redis.socket), reconnect=False))
-    left = await patiently(connection.keys(f"*{{{limit.name}}}*"))
-    # The counter of turns and the name of the Redis are all that may be left, and expire by themselves.
-    assert set(left) <= {limit._keys[4], limit._keys[6]}
-    for key in left:
-        assert 0 < await patiently(connection.ttl(key)) <= TTL * 10 + 1
+        key = redis_limit.keys_of(members.limits[0].name)[0]
+        connection = await patiently(txredisapi.UnixConnection(str(redis.socket), reconnect=False))
+        # All would be forgotten by itself, if the processes were killed.
+        assert TTL * 10 < await patiently(connection.ttl(key)) <= 300
+    assert not await patiently(connection.exists(key))
     await patiently(connection.disconnect())
 
 
@@ -359,7 +363,7 @@ async def test_when_redis_is_away_it_says_so_once_and_goes_on_when_it_is_back(
                 assert members.used() == [0 if when_unreachable == "hold" else 1]
                 redis.start(settle=False)
                 await until(lambda: members.used() == [2])
-        texts = [text for text in log.texts() if "limit " in text]
+        texts = [text for text in log.texts() if "Redis at " in text]
         assert ["cannot be used" in text for text in texts] == [True, False]
         assert "is back" in texts[1]
     finally:
@@ -606,6 +610,13 @@ def test_a_wrong_command_line_gets_one_sentence(arguments: list[str], words: str
     assert words in failing("connlimit", "--listen=tcp:0", "--forward=tcp:localhost:1", *arguments)
 
 
+def failures(limit: object) -> int:
+    """
+    How often a limit was told in vain since it was answered last.
+    """
+    return limit._link._failures + limit._rejections
+
+
 class Answering(threading.Thread):
     """
     Something that is no Redis, or one that refuses: it gives the same answer to everything.
@@ -651,7 +662,7 @@ async def test_what_is_no_usable_redis_serves_nobody_and_is_told_of_once(answer:
     with Log() as log:
         assert not limit.try_acquire(None)
         await until(lambda: limit._is_away)
-        await until(lambda: limit._question >= 3)
+        await until(lambda: failures(limit) >= 3)
         assert not limit.try_acquire(None)
     assert sum("cannot be used" in text for text in log.texts()) == 1
     await patiently(limit.close())
@@ -697,7 +708,7 @@ async def test_an_endless_answer_takes_no_memory(answer: bytes, more: bytes) -> 
     limit = redis_limit.RedisLimit("x", 5, url=endless.url, ttl=TTL)
     with Log() as log:
         assert not limit.try_acquire(None)
-        await until(lambda: limit._question >= 3)
+        await until(lambda: failures(limit) >= 3)
         await patiently(limit.close())
     assert sum("cannot be used" in text for text in log.texts()) == 1
     assert not [event for event in log.events if "log_failure" in event]
@@ -753,7 +764,7 @@ async def test_while_redis_cannot_be_used_all_wait_and_once_it_can_they_are_serv
             newcomer = Inert(None)
             assert not limiter.serve_at_once(newcomer)
             limiter.wait(newcomer)
-            await until(lambda: limit._is_away and limit._question >= 2)
+            await until(lambda: limit._is_away and failures(limit) >= 2)
             assert limiter.waiting == 1
             do(mend)
             await until(lambda: limiter.active == 1)
@@ -826,9 +837,9 @@ async def test_tls_is_used_with_a_certificate_that_can_be_trusted(redis: Redis, 
         assert not limit.try_acquire(None)
         await until(lambda: limit.held)
         assert limit.try_acquire(None)
-        await until(lambda: limit._redis._hearing is not None and limit._redis._hearing.connected)
+        await until(lambda: limit._link.hears(limit.channel))
         listed = await deferToThread(administer, url, "list")
-        assert "encrypted: 2 of its own setting held" in listed.stdout
+        assert re.match("encrypted: [12] of its own setting held\n", listed.stdout)
         limit.release(None)
         await patiently(limit.close())
 
@@ -849,7 +860,7 @@ async def test_tls_is_not_used_with_another_certificate(
         limit = redis_limit.RedisLimit("x", 2, url=f"rediss://{host}:{port}?{query}")
         with Log() as log:
             assert not limit.try_acquire(None)
-            await until(lambda: limit._question >= 3)
+            await until(lambda: failures(limit) >= 3)
         assert not limit.held
         complaints = [text for text in log.texts() if text.startswith("limit ")]
         assert complaints == [f"limit x: Redis at {host}:{port} cannot be used: {words}"]
@@ -940,7 +951,7 @@ async def test_sentinels_that_know_nothing_are_told_of_in_the_log(tmp_path: Path
         limit = redis_limit.RedisLimit("x", 5, url=f"{url}?ttl={TTL}")
         with Log() as log:
             assert not limit.try_acquire(None)
-            await until(lambda: limit._question >= 3)
+            await until(lambda: failures(limit) >= 3)
             await patiently(limit.close())
         (complaint,) = (text for text in log.texts() if "cannot be used" in text)
         assert complaint.startswith("limit x: Redis at mail of 127.0.0.1:")
@@ -956,9 +967,10 @@ async def test_another_redis_gives_no_new_slots_before_all_have_said_what_they_h
         await until(lambda: members.used() == [2, 0])
         # As if a replica had been promoted that has not heard of the other's slots.
         connection = await patiently(txredisapi.UnixConnection(str(redis.socket), reconnect=False))
-        keys = members.limits[0]._keys
-        await patiently(connection.delete([keys[1], keys[2], keys[5]]))
-        await patiently(connection.set(keys[6], "another 1"))
+        (key, _) = redis_limit.keys_of(members.limits[0].name)
+        about = json.loads(await patiently(connection.hget(key, "about")))
+        await patiently(connection.hdel(key, members.limits[0].member))
+        await patiently(connection.hset(key, "about", json.dumps({**about, "run": "another"})))
         began = monotonic()
         members.want(1, 5)
         await until(lambda: members.used() == [2, 3])
@@ -1070,29 +1082,150 @@ def test_its_command_line_is_carried_out_or_told_why_not_in_one_sentence(
         assert len(done.stderr.splitlines()) == 1
 
 
-def lease(redis: Redis, keys: list[str], *arguments: object) -> tuple[int, int]:
+def command(*words: bytes) -> bytes:
+    """
+    What a client sends.
+    """
+    return b"*%d\r\n" % len(words) + b"".join(b"$%d\r\n%s\r\n" % (len(word), word) for word in words)
+
+
+def lease(redis: Redis, name: str, script: bytes = LEASE, **question: object) -> list[object]:
     """
     What the script answers.
     """
-    words = [b"EVAL", redis_limit._LEASE.encode(), b"7", *(key.encode() for key in keys)]
-    words += [str(argument).encode() for argument in arguments]
-    command = b"*%d\r\n" % len(words) + b"".join(b"$%d\r\n%s\r\n" % (len(word), word) for word in words)
+    keys = [key.encode() for key in redis_limit.keys_of(name)]
+    words = [b"EVAL", script, b"2", *keys, json.dumps(question).encode()]
     with closing(socket.socket(socket.AF_UNIX)) as client:
         client.settimeout(PATIENCE)
         client.connect(str(redis.socket))
-        client.sendall(command)
-        answer = b""
-        while answer.count(b"\r\n") < 3:
-            answer += client.recv(1000)
-            assert not answer.startswith(b"-"), answer
-    _, held, asking, _ = answer.split(b"\r\n")
-    return int(held[1:]), int(asking[1:])
+        client.sendall(command(*words))
+        with client.makefile("rb") as answer:
+            head = answer.readline()
+            assert head.startswith(b"*"), head
+            values: list[object] = []
+            for _ in range(int(head[1:])):
+                line = answer.readline()
+                if line.startswith(b"$"):
+                    values.append(answer.read(int(line[1:]) + 2)[:-2].decode())
+                else:
+                    values.append(int(line[1:]))
+    return values
+
+
+def script(run: str = "one", uptime: int = 1_000_000) -> bytes:
+    """
+    The script as it runs in the Redis of this name, so many seconds after its start.
+    """
+    about = f"run_id:{run}\\r\\nuptime_in_seconds:{uptime}\\r\\n"
+    return LEASE.replace(b"redis.pcall('INFO', 'server')", f"'{about}'".encode())
+
+
+class Asker:
+    """
+    A member that asks as a process does, by a clock that the test sets.
+
+    :ivar hears: whether it says that it hears whose turn it is.
+    """
+
+    def __init__(self, redis: Redis, name: str, slots: int, runs: bytes | None = None) -> None:
+        self._redis, self._name, self._slots, self._script = redis, name, slots, runs or script()
+        self.member = f"process-{next(NUMBERS)}#1"
+        self.hears = False
+        self._number = 0
+        self._asked: float | None = None
+        self.run = ""
+        self.held = self.others = self.guarded = self.too_many = 0
+
+    def another(self, runs: bytes | None = None) -> Asker:
+        """
+        A new member of the same limit.
+        """
+        return Asker(self._redis, self._name, self._slots, runs or self._script)
+
+    def ask(
+        self,
+        wanted: int,
+        now: float,
+        *,
+        in_use: int = 0,
+        kept: int | None = None,
+        wall: float | None = None,
+        age: float | None = None,
+        outlived: int = 0,
+    ) -> int:
+        """
+        Ask at a time by the member's clock, and at another by that of Redis.
+
+        :return: how many slots it has now.
+        """
+        self._number += 1
+        if age is None:
+            age = -0.001 if self._asked is None else now - self._asked
+        self._asked = now
+        seconds = now if wall is None else wall
+        clock = b"{%d,%d}" % (seconds, seconds % 1 * 1_000_000)
+        self.held, self.others, self.run, self.guarded, _, _, self.too_many = lease(
+            self._redis,
+            self._name,
+            self._script.replace(b"redis.call('TIME')", clock),
+            member=self.member,
+            ttl=10_000,
+            number=self._number,
+            slots=self._slots,
+            in_use=in_use,
+            kept=max(in_use, self.held if kept is None else kept),
+            wanted=wanted,
+            more=False,
+            run=self.run,
+            age=round(age * 1000),
+            same=True,
+            hears=self.hears,
+            own=0,
+            outlived=outlived,
+            leaves=False,
+            channel=f"connlimit:{{{self._name}}}:room",
+            turns="connlimit:turns:",
+        )
+        return self.held
+
+    def forget(self) -> None:
+        """
+        Let Redis forget all that it knows of the limit.
+        """
+        with self._connected() as client:
+            client.sendall(command(b"DEL", redis_limit.keys_of(self._name)[0].encode()))
+            assert client.recv(100) == b":1\r\n"
+
+    def about(self) -> dict[str, object]:
+        """
+        What Redis knows of all members.
+        """
+        with self._connected() as client:
+            client.sendall(command(b"HGET", redis_limit.keys_of(self._name)[0].encode(), b"about"))
+            return json.loads(client.recv(1000).split(b"\r\n")[1])
+
+    @contextmanager
+    def listening(self) -> Iterator[Callable[[], str]]:
+        """
+        Be connected, and hear the limit's channel and that of turns: what was heard can be asked for.
+        """
+        channels = f"connlimit:{{{self._name}}}:room", f"connlimit:turns:{self.member.partition('#')[0]}"
+        with self._connected() as client:
+            for channel in channels:
+                client.sendall(command(b"SUBSCRIBE", channel.encode()))
+                assert b"subscribe" in client.recv(1000)
+            yield lambda: client.recv(1000).decode()
+
+    @contextmanager
+    def _connected(self) -> Iterator[socket.socket]:
+        with closing(socket.socket(socket.AF_UNIX)) as client:
+            client.settimeout(PATIENCE)
+            client.connect(str(self._redis.socket))
+            yield client
 
 
 #: Longer than any example takes.
 LONG = 6000
-
-EXAMPLES = itertools.count()
 
 QUESTIONS = st.lists(
     st.tuples(st.integers(0, 2), st.integers(0, 4), st.integers(0, 3), st.integers(0, 5)), max_size=12
@@ -1104,17 +1237,21 @@ QUESTIONS = st.lists(
 def test_the_script_does_what_the_model_does(
     redis: Redis, slots: int, questions: list[tuple[int, int, int, int]]
 ) -> None:
-    while int(redis.info(b"uptime_in_seconds")) * 1000 < LONG:
-        time.sleep(0.1)
-    number = next(EXAMPLES)
-    keys = [f"test:{{{number}}}:{each}" for each in redis_limit._KEYS]
+    name = f"example {next(NUMBERS)}"
+    members = [Asker(redis, name, slots) for _ in range(3)]
+    now = 1_000_000.0
+    for member in members:
+        member.ask(0, now)
+    # The limit is new, and gives slots when others would have been heard of.
+    assert members[0].guarded
+    now += 10
     held, asking = [0, 0, 0], []
-    for question, (member, in_use, spare, wanted) in enumerate(questions, 1):
+    for member, in_use, spare, wanted in questions:
         # A member has no more in use than it was given, and keeps what it uses and perhaps some more.
         in_use = min(in_use, held[member])
         kept = min(held[member], in_use + spare)
         wanted = max(wanted, in_use)
-        answer = lease(redis, keys, member, LONG, in_use, kept, wanted, slots, "channel", question)
+        answer = members[member].ask(wanted, now, in_use=in_use, kept=kept)
 
         others = sum(held) - held[member]
         earlier = asking.index(member) if member in asking else len(asking)
@@ -1124,5 +1261,6 @@ def test_the_script_does_what_the_model_does(
             asking.append(member)
         elif not asks and member in asking:
             asking.remove(member)
-        assert answer == (held[member], len([each for each in asking if each != member]))
+        assert answer == held[member]
+        assert members[member].others == len([each for each in asking if each != member])
         assert sum(held) <= slots

@@ -114,6 +114,16 @@ async def connect(
     factory = Factory.forProtocol(protocol)
     factory.noisy = False
     connection: Any = await endpoint.connect(factory)
+    await greet(connection, username, password, database)
+    return connection
+
+
+async def greet(connection: Any, username: str | None, password: str | None, database: int | None) -> None:
+    """
+    Say who we are on a new connection, and which database is meant.
+
+    :raises Exception: if the password or the database is refused; then the connection is ended.
+    """
     try:
         if password is not None:
             await connection.execute_command("AUTH", *(each for each in (username, password) if each))
@@ -122,7 +132,6 @@ async def connect(
     except BaseException:
         connection.transport.abortConnection()
         raise
-    return connection
 
 
 class Redis:

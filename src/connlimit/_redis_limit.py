@@ -3,128 +3,77 @@ A limit that many processes and machines share, by way of Redis (``connlimit[red
 
 Each process leases slots of the limit and gives them to its connections itself, so that a busy process does
 not ask Redis for each. A lease is one number for each process. It ends on its own when the process is not
-heard of for ``ttl`` seconds, and its slots are everybody's again; the process knows by its own monotonic
-clock when it must have ended, a little before, and then serves nobody until it has a new one.
+heard of for ``ttl`` seconds, and its slots are everybody's again. The process knows by its own clock, which
+goes on while it is stopped or its machine suspended, when the lease must have ended, a little before, and
+then serves nobody until it has a new one.
 
 What holds:
 
-- The slots that are leased never exceed the limit, as only Redis counts them, in one script that nothing
-  interrupts, by its own clock. Slots of connections that outlive their lease (a process that was stopped for
-  longer than ``ttl``) count again as soon as the process is back, and until then do not.
-- A Redis that has been up for less than ``ttl``, or has taken another's place less than ``ttl`` ago, gives no
-  new slots: it may have lost its memory, and every process says within that time what it holds. After
-  FLUSHALL, or a failover to a replica that has never heard of the limit, what is leased can be leased again
-  until the next heartbeat, a third of ``ttl`` at most; what is too much ends with its connections.
+- The slots that are leased never exceed the limit. Only Redis counts them, in one script that nothing
+  interrupts. Its clock can be set: then the clocks of the processes count.
+- A Redis that may not know of all leases gives no new slots for ``ttl``: it was restarted, another was the
+  primary before, or what it knew was deleted or evicted. Each process says which Redis has answered it last,
+  so that none of this goes unnoticed, and within that time what it holds.
+- While Redis is away each process keeps the slots that it has leased, until the lease ends.
+- Connections outlive their lease if their process was stopped, or cut off from Redis, for longer than
+  ``ttl``. They are not ended, and count again as soon as the process is back; until then they do not, and
+  more than the limit can be served. ``outlived`` counts them.
 - Processes that lack slots are served in the order in which they asked, a slot each time; a process has one
   place, however many wait for it there, and the order within it is that of its own line.
 """
 
 from __future__ import annotations
 
-import os
+import itertools
+import json
 import random
 from collections.abc import Callable
-from time import monotonic
 from typing import Any
 
-from twisted.internet.defer import Deferred
+from twisted.internet.defer import Deferred, succeed
 from twisted.internet.interfaces import IDelayedCall
 from twisted.logger import Logger
 from zope.interface import implementer
 
-from connlimit._redis import Redis, describe
+from connlimit._redis import describe
 from connlimit._redis_address import RedisAddress, url_parameters
+from connlimit._redis_link import PREFIX as PREFIX
+from connlimit._redis_link import TURNS, IAsker, Link
+from connlimit._system.bounded_log import BoundedLog
+from connlimit._system.since_boot import since_boot
 from connlimit.interfaces import IConnection, IRefusingLimit
-
-#: The prefix of all keys.
-PREFIX = "connlimit"
 
 #: What part of the ttl a lease is used for: the rest allows for the clocks' different speeds and for pauses.
 _USED = 0.9
 
-#: Seconds between two questions of a process that lacks slots, if no notification comes.
+#: Seconds between two questions while others may need what is asked for, if no notification comes.
 _POLL = 1.0
+
+#: Seconds between two questions of a process that lacks slots, and is told when it gets some, at most.
+_LONG_POLL = 5.0
+
+#: Seconds between two questions while there is nothing to ask.
+_IDLE = 60.0
+
+#: Seconds after which a Redis that cannot be used is away.
+_AWAY = 1.0
 
 #: How many slots a busy process takes beyond those it needs, at most.
 _MOST_SPARE = 64
 
-_KEYS = ("slots", "held", "alive", "asking", "turns", "last", "server")
+#: How many questions a second one process asks in order to find out whether others lack slots, at most.
+_MOST_POLLS = 200
 
-# Leases as many slots as there are, of those that a member wants in all, and renews its lease.
-#
-# KEYS: slots (the limit), held (slots by member), alive (end of each lease in ms), asking (members in
-#   the order of their asking), turns (counts the askings), last (the number of each member's last question),
-#   server (which Redis has answered, and since when it has all leases)
-# ARGV: member, ttl in ms, slots in use, slots kept in any case, slots wanted in all, the limit if none is
-#   set, channel, number of the question
-# Returns: slots held, how many others are asking; at least 1 if more are held than there are, so that what
-#   is not in use is given back.
-_LEASE = """
-local member, ttl, in_use = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3])
-local kept, wanted = tonumber(ARGV[4]), tonumber(ARGV[5])
-local time = redis.call('TIME')
-local now = time[1] * 1000 + math.floor(time[2] / 1000)
-local slots = tonumber(redis.call('GET', KEYS[1]) or ARGV[6])
+#: The kinds of keys that a limit has.
+LEASE, SLOTS = "lease", "slots"
 
-for _, dead in ipairs(redis.call('ZRANGEBYSCORE', KEYS[3], '-inf', now)) do
-  redis.call('ZREM', KEYS[3], dead)
-  redis.call('HDEL', KEYS[2], dead)
-  redis.call('ZREM', KEYS[4], dead)
-  redis.call('HDEL', KEYS[6], dead)
-end
+#: What is published when a limit was changed.
+_CHANGED = "room"
 
--- A question that was delayed on a connection that is no more must not undo what was answered since.
-if tonumber(redis.call('HGET', KEYS[6], member) or 0) >= tonumber(ARGV[8]) then return {0, 0} end
-redis.call('HSET', KEYS[6], member, ARGV[8])
-
-local others, before = 0, tonumber(redis.call('HGET', KEYS[2], member) or 0)
-for _, count in ipairs(redis.call('HVALS', KEYS[2])) do others = others + count end
-others = others - before
-
--- One slot is left for each who has asked earlier.
-local place = redis.call('ZSCORE', KEYS[4], member)
-local earlier = redis.call('ZCOUNT', KEYS[4], '-inf', place and '(' .. place or '+inf')
-
-local free = math.max(0, slots - others - earlier)
-local info = redis.call('INFO', 'server')
-local server = string.match(info, 'run_id:(%w+)')
-local uptime = string.match(info, 'uptime_in_seconds:(%d+)') * 1000
-local known, since = string.match(redis.call('GET', KEYS[7]) or '', '(%w+) (%d+)')
-if known ~= server then
-  -- Another Redis has answered until now, and may have known more.
-  since = known and now or 0
-  redis.call('SET', KEYS[7], server .. ' ' .. since)
-end
-if uptime < ttl or now - since < ttl then free = math.min(free, before) end
-local held = math.max(kept, math.min(wanted, free))
-
-redis.call('ZADD', KEYS[3], now + ttl, member)
-if held > 0 then redis.call('HSET', KEYS[2], member, held) else redis.call('HDEL', KEYS[2], member) end
-local asks = held < wanted and held <= in_use
-if not asks then
-  redis.call('ZREM', KEYS[4], member)
-elseif not place then
-  redis.call('ZADD', KEYS[4], redis.call('INCR', KEYS[5]), member)
-end
-for at = 2, 7 do redis.call('PEXPIRE', KEYS[at], ttl * 10) end
-
-local asking = redis.call('ZCARD', KEYS[4]) - (asks and 1 or 0)
-if (asking > 0 and held < before) or (asks and not place) then redis.call('PUBLISH', ARGV[7], member) end
-return {held, math.max(asking, others + held > slots and 1 or 0)}
-"""
-
-# Gives everything back that a member has, because it ends. KEYS and ARGV as above, as far as they matter.
-_LEAVE = """
-redis.call('HDEL', KEYS[2], ARGV[1])
-redis.call('ZREM', KEYS[3], ARGV[1])
-redis.call('ZREM', KEYS[4], ARGV[1])
-redis.call('HDEL', KEYS[6], ARGV[1])
-redis.call('PUBLISH', ARGV[7], ARGV[1])
-return 0
-"""
+_numbers = itertools.count(1)
 
 
-@implementer(IRefusingLimit)
+@implementer(IRefusingLimit, IAsker)
 class RedisLimit:
     """
     So many slots for all processes that use a name.
@@ -132,6 +81,7 @@ class RedisLimit:
     :ivar name: the name.
     :ivar in_use: how many slots the connections of this process have.
     :ivar held: how many this process has leased.
+    :ivar outlived: how many connections of this process have outlived their lease until now.
     """
 
     _log = Logger()
@@ -150,11 +100,12 @@ class RedisLimit:
         :param name: what the processes have in common.
         :param slots: how many slots there are, unless `set_slots` has said otherwise.
         :param url: see `RedisAddress.from_url`.
-        :param ttl: seconds after which the slots of a process that is not heard of are everybody's again; if
-            not given, what ``?ttl=`` of the URL says, or 10.
-        :param when_unreachable: what happens from the end of the lease on until Redis is back. ``hold``: all
-            wait; ``refuse``: who waits or comes is refused; ``local=N``: N slots can be used in this
-            process. If not given, what ``?when_unreachable=`` of the URL says, or ``hold``.
+        :param ttl: seconds after which the slots of a process that is not heard of are everybody's again, the
+            same in all processes; if not given, what ``?ttl=`` of the URL says, or 10.
+        :param when_unreachable: what happens when Redis has been away for a second, and what was leased is
+            used up or the lease over, until Redis is back. ``hold``: all wait; ``refuse``: who waits or comes
+            is refused; ``local=N``: N slots can be used in this process. If not given, what
+            ``?when_unreachable=`` of the URL says, or ``hold``.
         :raises ValueError: for a wrong value.
         """
         if not isinstance(name, str) or not name:
@@ -172,32 +123,57 @@ class RedisLimit:
         self.name = name
         self.in_use = 0
         self.held = 0
+        self.outlived = 0
         self._slots = slots
-        # Seconds in which Redis must answer.
-        self._patience = max(0.5, min(2.0, self._ttl / 3))
         self._reactor = reactor
-        self._member = f"{os.uname().nodename}:{os.getpid()}:{random.getrandbits(32):08x}"
-        base = f"{PREFIX}:{{{name}}}"
-        self._keys = [f"{base}:{each}" for each in _KEYS]
-        self._channel = f"{base}:room"
+        self._link = Link.to(self.address, reactor)
+        self._failures = BoundedLog(self._log)
         self._subscribers: list[Callable[[], None]] = []
-        # When the lease ends, by the monotonic clock, which also runs while the process is stopped.
+        # What the link asks with.
+        self.member = f"{self._link.process}#{next(_numbers)}"
+        self.patience = max(0.5, min(2.0, self._ttl / 3))
+        self.keys = [b"2", *(key.encode() for key in keys_of(name))]
+        self.channel = _channel(name)
+        # When the lease ends.
         self._ends = -1.0
+        # How many slots were released while others asked. They are given back with the next question.
+        self._set_aside = 0
         # Whether somebody here has been told that there is no slot, and whether that may be so elsewhere.
         self._short = False
         self._others_ask = False
+        # Whether somebody else waited here when the last slot came.
+        self._more = False
+        # When somebody tried to get a slot in vain, and when they were told last that there are none.
+        self._tried = 0.0
+        self._told = 0.0
         # How many slots to take beyond those that are needed, and how many were needed at once of late. Both
         # shrink by and by, after this time.
         self._spare = 0
         self._peak = 0
         self._shrinks = 0.0
+        # The last question, when it was sent, over which connection; the same of the last that was answered,
+        # and which Redis did that.
         self._question = 0
+        self._began = 0.0
+        self._connection = 0
+        self._answered_began: float | None = None
+        self._answered_connection = 0
+        self._run = ""
+        self._untold = 0
         self._asking = False
         self._ask_again = False
+        self._is_slow = False
+        # Whether this process has a place among those who ask.
+        self._queued = False
         self._timer: IDelayedCall | None = None
+        self._due = 0.0
+        self._rejections = 0
         self._is_away = False
+        self._away_since = 0.0
         self._closed = False
-        self._redis = Redis(self.address, reactor, self._channel, self._notified)
+
+    def __repr__(self) -> str:
+        return f"<RedisLimit {self.name}: {self.in_use} of {self.held} leased slots used>"
 
     # ILimit
 
@@ -212,8 +188,7 @@ class RedisLimit:
         See `ILimit.try_acquire`.
         """
         in_use = self.in_use + 1
-        leased = monotonic() < self._ends
-        if in_use <= (self.held if leased else self._local if self._is_away else 0):
+        if in_use <= self._room():
             self.in_use = in_use
             if in_use > self._peak:
                 self._peak = in_use
@@ -222,8 +197,13 @@ class RedisLimit:
         if not self._short:
             self._short = True
             self._spare = min(max(1, self._spare * 2), _MOST_SPARE)
-        if not self._is_away:
-            self._ask_soon(0)
+            if not self._queued and not self._is_away:
+                self._ask_soon(0)
+            elif self._is_away and self._local:
+                self._ask_soon(_AWAY)
+        self._tried = since_boot()
+        if self._tried > self._due + _POLL:
+            self._ask_soon(0)  # the reactor's clock was set back
         return False
 
     def release(self, connection: IConnection) -> None:
@@ -231,16 +211,28 @@ class RedisLimit:
         See `ILimit.release`.
         """
         self.in_use -= 1
-        if self._others_ask:
+        if self._others_ask and not (self._is_away or self._is_slow):
             # Whose turn it is, Redis knows.
-            self.held = max(self.in_use, self.held - 1)
+            self._set_aside += 1
             self._ask_soon(0)
 
     def refuses(self) -> bool:
         """
         See `IRefusingLimit.refuses`.
         """
-        return self._refuses and self._is_away and monotonic() >= self._ends
+        return self._refuses and self._is_away_for_long() and not (self.held and since_boot() < self._ends)
+
+    def _room(self) -> int:
+        """
+        How many slots can be in use here.
+        """
+        room = self.held - self._set_aside if since_boot() < self._ends else 0
+        if self._is_away and room < self._local and self._is_away_for_long():
+            return self._local
+        return room
+
+    def _is_away_for_long(self) -> bool:
+        return self._is_away and since_boot() >= self._away_since + _AWAY
 
     # The lease
 
@@ -253,105 +245,222 @@ class RedisLimit:
         if self._asking:
             self._ask_again = self._ask_again or seconds == 0
             return
+        due = since_boot() + seconds
         if self._timer is not None:
-            if self._timer.getTime() <= self._reactor.seconds() + seconds:
+            if self._due <= due and self._timer.getTime() <= self._reactor.seconds() + seconds:
                 return
             self._timer.cancel()
+        self._due = due
         self._timer = self._reactor.callLater(seconds, self._ask)
 
     def _ask(self) -> None:
+        if self._timer is not None and self._timer.active():
+            self._timer.cancel()
         self._timer = None
+        if self._is_away and self._local:
+            self._tell()
+        if self._asking or self._closed:
+            return
         self._asking = True
         self._ask_again = False
-        began = monotonic()
+        self._link.join(self)
+        self._link.ask(self)
+
+    def question(self, same: int) -> bytes:
+        """
+        See `IAsker.question`.
+        """
+        now = self._began = since_boot()
+        if now >= self._ends:
+            self.held, self._set_aside = self.in_use, 0
         wanted = self.in_use + self._short
         if not self._others_ask:
             wanted = max(wanted, self._peak) + self._spare
-        if began >= self._ends:
-            self.held = self.in_use
+        if self._is_away or same != self._answered_connection:
+            # What is given back may be given to nobody, if there is no answer.
+            wanted = max(wanted, self.held - self._set_aside)
         # What is given back is given back from now on, not from the answer on.
-        self.held = max(self.in_use, min(self.held, wanted))
+        self.held = max(self.in_use, min(self.held - self._set_aside, wanted))
+        self._set_aside = 0
         self._question += 1
-        arguments = [
-            self._member,
-            int(self._ttl * 1000),
-            self.in_use,
-            self.held,
-            wanted,
-            self._slots,
-            self._channel,
-            self._question,
-        ]
-        asked = self._ask_redis(_LEASE, arguments, self._patience)
-        asked.addCallback(_counts).addCallbacks(self._answered, self._unanswered, callbackArgs=(began,))
-        asked.addErrback(lambda failure: self._log.failure("{limit} failed", failure, limit=self.name))
+        self._connection = same
+        began = self._answered_began
+        return self._say(
+            in_use=self.in_use,
+            kept=self.held,
+            wanted=wanted,
+            more=self._short and self._more,
+            age=-1 if began is None else int((now - began) * 1000),
+            same=self._answered_connection == same,
+            outlived=self._untold,
+        )
 
-    def _answered(self, counts: tuple[int, int], began: float) -> None:
-        held, others = counts
+    def _say(self, **facts: object) -> bytes:
+        question = {
+            "member": self.member,
+            "ttl": int(self._ttl * 1000),
+            "number": self._question,
+            "slots": self._slots,
+            "run": self._run,
+            "hears": self._link.hears(self._link.turns),
+            "own": int(self._link.hears_alone(self)),
+            "leaves": False,
+            "channel": self.channel,
+            "turns": TURNS,
+            **facts,
+        }
+        return json.dumps(question, separators=(",", ":")).encode()
+
+    def _farewell(self, same: int) -> bytes:
+        self._question += 1
+        return self._say(in_use=0, kept=0, wanted=0, more=False, age=-1, same=True, outlived=0, leaves=True)
+
+    def answered(self, answer: Any) -> None:
+        """
+        See `IAsker.answered`.
+        """
         self._asking = False
         if self._closed:
             return
-        if self._is_away:
-            self._is_away = False
-            self._log.info("limit {name}: Redis at {address} is back", name=self.name, address=self.address)
-        self._redis.listen(self._patience)
+        try:
+            held, others, run, guarded, asks_soon, self._queued, too_many = _counts(answer)
+        except ValueError as error:
+            self.rejected(error)
+            return
+        began, ended = self._began, self._ends
+        outlived = self.in_use if began >= ended >= 0 else 0
+        self._untold = outlived
+        self.outlived += outlived
+        self._rejections = 0
+        self._is_slow = False
+        self._answered_began, self._answered_connection, self._run = began, self._connection, run
         self.held = max(held, self.in_use)
         self._ends = began + self._ttl * _USED
         self._others_ask = others > 0
+        if self._is_away:
+            self._is_away = False
+            self._link.relieve(self, self.name)
+        if outlived:
+            self._log.warn(
+                "limit {name}: {count} connections have outlived their lease; they count again, and "
+                "{too_many} more are served than there are slots",
+                name=self.name,
+                count=outlived,
+                too_many=too_many,
+            )
+        self._link.hear(self)
         had_asked = self._short
-        if self.in_use < self.held:
-            self._tell()
-            if self.in_use < self.held:
-                self._short = False  # whoever lacked one has one, or went away
-        if self._others_ask and self.in_use < self.held:
-            self._ask_again = True
+        self._offer()
+        if self._queued and not self._short:
+            self._ask_again = True  # to leave the queue
+        if self._others_ask and self.in_use < self.held and not guarded:
+            self._ask_again = True  # to give back what is not needed
         if began >= self._shrinks:
             self._shrinks = began + self._ttl / 3
             if not had_asked:
                 self._spare //= 2
             self._peak = (self._peak + self.in_use) // 2
-        seconds = min(_POLL, self._ttl / 3) if self._short else self._ttl / 3
-        self._ask_soon(0 if self._ask_again else seconds)
+        self._ask_soon(0 if self._ask_again else self._pause(asks_soon, guarded / 1000))
 
-    def _unanswered(self, failure: Any) -> None:
+    def _offer(self) -> None:
+        """
+        Let those who wait here have what is free, and find out whether somebody still waits.
+        """
+        if self.in_use < self._room():
+            self._tell()
+            if self.in_use < self._room():
+                self._short = False  # whoever lacked one has one, or went away
+            self._more = self._short
+        elif self._short and self._subscribers:
+            if self._tried < self._told:
+                self._short = False  # it was told last time, and nobody has tried since
+            else:
+                self._told = since_boot()
+                self._tell()
+
+    def _pause(self, asks_soon: bool, guarded: float) -> float:
+        """
+        Seconds until the next question, if nothing happens.
+        """
+        heartbeat = self._ttl / 3 * random.uniform(0.9, 1)
+        if guarded:
+            return min(heartbeat, guarded + 0.005)
+        if self._short:
+            hears = self._link.hears(self._link.turns)
+            return min(heartbeat, _POLL if asks_soon or not hears else _LONG_POLL)
+        if self.held > self.in_use:
+            return min(heartbeat, max(_POLL, self._link.askers / _MOST_POLLS))
+        if self.held:
+            return heartbeat
+        self._peak = self._spare = 0
+        return _IDLE * random.uniform(0.9, 1)
+
+    def rejected(self, error: Exception) -> None:
+        """
+        See `IAsker.rejected`.
+        """
+        self.unreachable(error)
+        self._rejections = min(self._rejections + 1, 10)
+        self._ask_soon(min(_LONG_POLL, 0.1 * 2**self._rejections) * random.uniform(0.5, 1))
+
+    def slow(self) -> None:
+        """
+        See `IAsker.slow`.
+        """
+        # Redis has not been told that these are given back.
+        self._is_slow = True
+        self._set_aside = 0
+        self._tell()
+
+    def unreachable(self, error: Exception) -> None:
+        """
+        See `IAsker.unreachable`.
+        """
         self._asking = False
-        if self._closed:
+        if self._closed or not (self.in_use or self.held or self._short):
             return
+        self._due = since_boot() + 2 * _POLL
+        self._queued = False
+        self._set_aside = 0
         if not self._is_away:
             self._is_away = True
-            self._log.error(
-                "limit {name}: Redis at {address} cannot be used: {why}",
-                name=self.name,
-                address=self.address,
-                why=describe(failure.value),
-            )
+            self._away_since = since_boot()
+            self._link.complain(self, self.name, _meant(error))
         self._tell()
-        # Not all at once, when it is back.
-        self._ask_soon(random.uniform(0.5, 1) * min(_POLL, self._ttl / 3))
 
-    def _tell(self) -> None:
-        for callback in self._subscribers:
-            callback()
-
-    # Redis
-
-    def _ask_redis(self, script: str, arguments: list[object], patience: float) -> Deferred[Any]:
-        def too_late(result: object, seconds: float) -> object:
-            raise TimeoutError(f"no answer within {seconds:g} s")
-
-        asked = Deferred.fromCoroutine(self._redis.eval(script, self._keys, arguments))
-        return asked.addTimeout(patience, self._reactor, too_late)
-
-    def _notified(self, who: str) -> None:
+    def reachable(self) -> None:
         """
-        Some process has given slots back, or lacks some, or may have, unheard.
+        See `IAsker.reachable`.
         """
-        if who == self._member:
-            return
-        if self._short or self.held > self.in_use or not who:
-            self._ask_soon(0)
+        asks = self._asking or self._is_away or self.in_use or self.held or self._short
+        self._asking = False
+        self._set_aside = 0
+        if asks:
+            self._ask()
+        elif self._timer is None:
+            self._ask_soon(_IDLE * random.uniform(0.5, 1))
+
+    def heard(self, message: str) -> None:
+        """
+        See `IAsker.heard`.
+        """
+        if message == self.member:
+            if self._short or self._queued:
+                self._ask_soon(0)
+        elif message == _CHANGED or not message:
+            if self._short or self.held:
+                self._ask_soon(0)
         else:
             self._others_ask = True
+            if self.held - self._set_aside > self.in_use:
+                self._ask_soon(0)
+
+    def _tell(self) -> None:
+        for callback in list(self._subscribers):
+            try:
+                callback()
+            except Exception:
+                self._failures.failure("a subscriber of limit {name} failed", name=self.name)
 
     def close(self) -> Deferred[None]:
         """
@@ -359,36 +468,79 @@ class RedisLimit:
 
         :return: fires when that is done, or impossible.
         """
-        return Deferred.fromCoroutine(self._close())
-
-    async def _close(self) -> None:
         self._closed = True
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
         self.held, self._ends = 0, -1.0
-        if self._question:
-            try:
-                await self._ask_redis(_LEAVE, [self._member, 0, 0, 0, 0, 0, self._channel], 1)
-            except Exception as error:
-                self._log.info(
-                    "limit {name}: Redis at {address} was not told of the end: {why}",
-                    name=self.name,
-                    address=self.address,
-                    why=describe(error),
-                )
-        self._redis.hang_up()
+        if not self._question or self._is_away:
+            self._link.leave(self)
+            return succeed(None)
+        return _Farewell(self, self._link, self._reactor).done.addBoth(lambda _: self._link.leave(self))
 
 
-def _counts(answer: Any) -> tuple[int, int]:
+class _Farewell:
+    """
+    The last question of a limit: it has nothing any more.
+    """
+
+    def __init__(self, limit: RedisLimit, link: Link, reactor: Any) -> None:
+        self._limit = limit
+        self.member = limit.member
+        self.channel = limit.channel
+        self.keys = limit.keys
+        self.patience = 1.0
+        self.done: Deferred[None] = Deferred()
+        self.done.addTimeout(self.patience, reactor)
+        self.done.addErrback(self._in_vain)
+        link.ask(self)
+
+    def _in_vain(self, failure: Any) -> None:
+        RedisLimit._log.info(
+            "limit {name}: Redis at {address} was not told of the end: {why}",
+            name=self._limit.name,
+            address=self._limit.address,
+            why=describe(failure.value),
+        )
+
+    def question(self, same: int) -> bytes:
+        return self._limit._farewell(same)
+
+    def answered(self, answer: Any) -> None:
+        if not self.done.called:
+            self.done.callback(None)
+
+    def rejected(self, error: Exception) -> None:
+        if not self.done.called:
+            self.done.errback(error)
+
+    unreachable = rejected
+
+    def slow(self) -> None:
+        """
+        Do nothing: it has a time-out of its own.
+        """
+
+
+def _meant(error: Exception) -> Exception:
+    """
+    An error, and what it means if it does not say so itself.
+    """
+    if str(error).startswith(("MOVED ", "ASK ", "CROSSSLOT")):
+        return ValueError(f"it is one of a Redis Cluster, and another node has this limit ({error})")
+    return error
+
+
+def _counts(answer: Any) -> tuple[int, int, str, int, bool, bool, int]:
     """
     What the script returns.
 
     :raises ValueError: if it is something else.
     """
-    if not isinstance(answer, list) or [type(each) for each in answer] != [int, int]:
+    if not isinstance(answer, list) or [type(each) for each in answer] != [int, int, str, *[int] * 4]:
         raise ValueError(f"this is no Redis, it answers {answer!r:.100}")
-    return answer[0], answer[1]
+    held, others, run, guarded, asks_soon, queued, too_many = answer
+    return held, others, run, guarded, bool(asks_soon), bool(queued), too_many
 
 
 def _seconds(ttl: object) -> float:
@@ -413,12 +565,22 @@ def _unreachable(text: str) -> tuple[bool, int]:
     raise ValueError(f"when_unreachable must be hold, refuse or local=N, not {text!r}")
 
 
+def keys_of(name: str) -> list[str]:
+    """
+    The keys of a limit: what is leased, and the limit, if one was set for all.
+    """
+    return [f"{PREFIX}:{{{name}}}:{kind}" for kind in (LEASE, SLOTS)]
+
+
+def _channel(name: str) -> str:
+    return f"{PREFIX}:{{{name}}}:room"
+
+
 def set_slots(redis: Any, name: str, slots: int) -> Deferred[Any]:
     """
     Change a limit for all processes at once.
 
     :param redis: a connection of txredisapi.
     """
-    base = f"{PREFIX}:{{{name}}}"
-    changed: Deferred[Any] = redis.set(f"{base}:slots", slots)
-    return changed.addCallback(lambda _: redis.publish(f"{base}:room", "room"))
+    changed: Deferred[Any] = redis.set(keys_of(name)[1], slots)
+    return changed.addCallback(lambda _: redis.publish(_channel(name), _CHANGED))

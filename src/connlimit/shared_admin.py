@@ -5,6 +5,7 @@ Lists, sets and resets the limits that processes share: ``connlimit-shared``.
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -69,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 async def _carry_out(reactor: Any, options: argparse.Namespace, address: RedisAddress) -> None:
     from connlimit._redis import describe
-    from connlimit._redis_limit import PREFIX, set_slots
+    from connlimit._redis_limit import keys_of, set_slots
 
     try:
         redis = await _soon(reactor, Deferred.fromCoroutine(address.connector(reactor)()))
@@ -79,9 +80,7 @@ async def _carry_out(reactor: Any, options: argparse.Namespace, address: RedisAd
         elif options.order == "set":
             await _soon(reactor, set_slots(redis, options.name, int(options.slots)))
         else:
-            keys = await _soon(reactor, redis.keys(f"{PREFIX}:{{{options.name}}}:*"))
-            if keys:
-                await _soon(reactor, redis.delete(*keys))
+            await _soon(reactor, redis.delete(keys_of(options.name)))
     except Exception as error:
         print(
             f"connlimit-shared: Redis at {address} cannot be used: {describe(error)}",
@@ -98,24 +97,37 @@ async def _lines(reactor: Any, redis: Any) -> list[str]:
     """
     The limits and their members, a line each.
     """
-    from connlimit._redis_limit import PREFIX
+    from connlimit._redis_limit import LEASE, PREFIX, SLOTS, keys_of
 
     names = set()
-    for kind in ("held", "alive", "slots"):
-        for key in await _soon(reactor, redis.keys(f"{PREFIX}:{{*}}:{kind}")):
-            names.add(key[len(PREFIX) + 2 : -len(kind) - 2])
+    cursor: Any = 0
+    while True:
+        # A page at a time: Redis does nothing else meanwhile.
+        cursor, keys = await _soon(reactor, redis.scan(cursor, f"{PREFIX}:{{*}}:*", 1000))
+        for key in map(str, keys):
+            for kind in (LEASE, SLOTS):
+                if key.endswith(f"}}:{kind}"):
+                    names.add(key[len(PREFIX) + 2 : -len(kind) - 2])
+        if int(cursor) == 0:
+            break
     lines = []
     for name in sorted(names):
-        base = f"{PREFIX}:{{{name}}}"
-        slots = await _soon(reactor, redis.get(f"{base}:slots"))
-        held = await _soon(reactor, redis.hgetall(f"{base}:held"))
-        alive = await _soon(reactor, redis.zrange(f"{base}:alive", 0, -1))
-        asking = await _soon(reactor, redis.zrange(f"{base}:asking", 0, -1))
-        total = sum(int(count) for count in held.values())
-        lines.append(f"{name}: {total} of {'its own setting' if slots is None else slots} held")
-        for member in sorted(alive):
-            wants = ", asks for more" if member in asking else ""
-            lines.append(f"  {member}: {held.get(member, 0)}{wants}")
+        lease, slots = keys_of(name)
+        slots = await _soon(reactor, redis.get(slots))
+        members = {
+            str(member): json.loads(record)
+            for member, record in (await _soon(reactor, redis.hgetall(lease))).items()
+        }
+        about = members.pop("about", {})
+        total = sum(member["held"] for member in members.values())
+        line = f"{name}: {total} of {'its own setting' if slots is None else slots} held"
+        if about.get("outlived"):
+            line += f", {about['outlived']} connections have outlived their lease"
+        lines.append(line)
+        for member in sorted(members):
+            record = members[member]
+            wants = ", asks for more" if record["turn"] else ""
+            lines.append(f"  {member}: {record['held']}, {record['in_use']} in use{wants}")
     return lines
 
 

@@ -1,0 +1,185 @@
+-- Leases slots of a limit to a member, renews its lease, and says whose turn it is.
+--
+-- KEYS: lease (a hash: "about", what concerns all; and of each member what it has), slots (the limit, if one
+--   was set for all)
+-- ARGV: the question, in JSON:
+--   member, ttl (ms), number (of the question), slots (the limit, if none was set for all)
+--   in_use, kept (slots held in any case), wanted (slots in all), more (whether another one waits already)
+--   run (which Redis gave the last answer), age (ms since the question was sent that it answered; -1: none
+--   was), same (whether this one comes over the same connection)
+--   hears (whether its process hears of its turn), own (how many of those who hear the channel are the member)
+--   outlived (connections that have outlived a lease of late), leaves (whether the member ends)
+--   channel (of the limit), turns (the prefix of the channels of processes)
+-- Returns: slots held, how many others ask, which Redis this is, ms until it gives slots again, whether the
+--   member is to ask again soon, whether it has a place among those who ask, how many more are held than there
+--   are. Or nothing, if the question is late.
+local question = cjson.decode(ARGV[1])
+local me, ttl = question.member, question.ttl
+
+-- A limit that nobody asks for is forgotten after this time; whoever uses it asks once a minute at least.
+local lifetime = math.max(300000, ttl * 10)
+-- What a question may be delayed before the clock is suspected. A lease is used for nine tenths of the ttl.
+local slack = math.floor(ttl / 20)
+
+local function listeners(channel)
+  local answer = redis.pcall('PUBSUB', 'NUMSUB', channel)
+  return answer.err and math.huge or tonumber(answer[2])
+end
+
+local function turns_of(member)
+  return question.turns .. string.match(member, '^[^#]*')
+end
+
+local function save(member, record)
+  redis.call('HSET', KEYS[1], member, cjson.encode(record))
+end
+
+local about
+local members = {}
+local stored = redis.call('HGETALL', KEYS[1])
+for at = 1, #stored, 2 do
+  local record = cjson.decode(stored[at + 1])
+  if stored[at] == 'about' then about = record else members[stored[at]] = record end
+end
+
+-- A question that was delayed on a connection that is gone must not undo what was answered since.
+local mine = members[me]
+if mine and mine.number >= question.number then return {} end
+
+-- The time: that of Redis's clock, which can be set. It never goes back here, and goes forward no faster than
+-- the member's own clock says. Who cannot say ends no lease of a process that is connected.
+local time = redis.call('TIME')
+local wall = time[1] * 1000 + math.floor(time[2] / 1000)
+local now = wall
+if about then
+  now = wall + about.offset
+  local most = now
+  if mine and question.age >= 0 then
+    most = mine.asked + question.age + slack
+  else
+    for member, record in pairs(members) do
+      if record.ends <= now and listeners(turns_of(member)) > 0 then most = about.last + slack end
+    end
+  end
+  now = math.max(about.last, math.min(now, most))
+end
+
+for member, record in pairs(members) do
+  if record.ends <= now then
+    members[member] = nil
+    redis.call('HDEL', KEYS[1], member)
+  end
+end
+mine = members[me]
+
+local others, asking, earlier, alone = 0, 0, 0, true
+for member, record in pairs(members) do
+  if member ~= me then
+    alone = false
+    others = others + record.held
+    if record.turn > 0 then
+      asking = asking + 1
+      if not mine or mine.turn == 0 or record.turn < mine.turn then earlier = earlier + 1 end
+    end
+  end
+end
+
+-- Whether this Redis may not know of all that is leased. Then it gives no new slots until each lease that it
+-- does not know of has ended, or was told of.
+local info = redis.pcall('INFO', 'server')
+local run, uptime = '', 0
+if type(info) == 'string' then
+  run = 'id ' .. string.match(info, 'run_id:(%w+)')
+  uptime = tonumber(string.match(info, 'uptime_in_seconds:(%-?%d+)')) * 1000
+end
+local answered = question.age >= 0
+-- Somebody who goes to another Redis is heard of there within this time.
+local doubt, settling = 0, math.min(1000, math.floor(ttl / 3))
+if not about then
+  about = {run = run, was = '', changed = now, guard = now, turns = 0, outlived = 0}
+  if run == '' or (answered and question.age < lifetime) or listeners(question.channel) > question.own then
+    doubt = ttl  -- it was lost
+  else
+    doubt = math.max(settling, ttl - math.max(0, uptime - 1000))  -- the uptime is up to a second too long
+  end
+elseif about.run ~= run then
+  doubt = ttl  -- another one wrote it
+  about.was, about.changed, about.run = about.run, now, run
+elseif run == '' then
+  if not question.same then doubt = ttl end
+elseif answered and question.run ~= run then
+  -- Another one has answered the member, since this one knew of that, as far as can be told.
+  if question.run ~= about.was or now - question.age + settling >= about.changed then
+    doubt = ttl
+    about.was, about.changed = question.run, now
+  end
+elseif alone and not mine and not answered then
+  doubt = settling
+end
+about.guard = math.max(about.guard, now + doubt)
+local is_guarded = now < about.guard
+
+-- One slot is left for each who has asked earlier.
+local slots = tonumber(redis.call('GET', KEYS[2]) or question.slots) or question.slots
+local free = is_guarded and 0 or math.max(0, slots - others - earlier)
+local held = math.max(question.kept, math.min(question.wanted, free))
+local asks = held < question.wanted and held <= question.in_use
+local turn = 0
+if asks and mine and mine.turn > 0 then
+  turn = mine.turn
+elseif asks or (question.more and mine and mine.turn > 0 and asking > 0) then
+  about.turns = about.turns + 1
+  turn = about.turns
+end
+local is_new = asks and not (mine and mine.turn > 0)
+local asks_soon = asks and earlier < 2
+
+mine = {
+  held = held, in_use = question.in_use, asked = now, ends = now + ttl, number = question.number,
+  turn = turn, called = false, hears = question.hears,
+}
+members[me] = mine
+if held > 0 or turn > 0 then
+  save(me, mine)
+else
+  members[me] = nil
+  redis.call('HDEL', KEYS[1], me)
+end
+
+-- Whose turn it is asks for the slots that are left.
+local left = slots - others - held
+if left > 0 and not is_guarded and (asking > 0 or turn > 0) then
+  local queue = {}
+  for member, record in pairs(members) do
+    if record.turn > 0 then queue[#queue + 1] = member end
+  end
+  table.sort(queue, function(one, other) return members[one].turn < members[other].turn end)
+  for _, member in ipairs(queue) do
+    if left == 0 then break end
+    local record = members[member]
+    if member ~= me and not record.called then
+      -- Who is not there any more loses its turn.
+      local is_gone = redis.pcall('PUBLISH', turns_of(member), member) == 0 and record.hears
+      if is_gone then record.turn = 0 else record.called = true end
+      save(member, record)
+    end
+    if record.turn > 0 then left = left - 1 end
+  end
+end
+-- The first to ask tells all to give back what they need not.
+if is_new and asking == 0 then redis.pcall('PUBLISH', question.channel, me) end
+
+about.last, about.offset = now, now - wall
+about.outlived = about.outlived + question.outlived
+if question.leaves and alone and not is_guarded and listeners(question.channel) <= question.own then
+  redis.call('DEL', KEYS[1])
+else
+  save('about', about)
+  redis.call('PEXPIRE', KEYS[1], lifetime)
+end
+
+local too_many = math.max(0, others + held - slots)
+return {
+  held, math.max(is_guarded and 0 or asking, math.min(1, too_many)), run, math.max(0, about.guard - now),
+  asks_soon and 1 or 0, turn > 0 and 1 or 0, too_many,
+}
