@@ -170,6 +170,7 @@ def test_the_core_alone_works_and_says_which_extra_it_lacks(built: Path, environ
             "connlimit._redis": "txredisapi",
             "connlimit._redis_address": "txredisapi",
             "connlimit._redis_limit": "txredisapi",
+            "connlimit._redis_link": "txredisapi",
             "connlimit._sentinel": "txredisapi",
             "connlimit.metrics": "prometheus_client",
             "connlimit.semaphores._redis_store": "txredisapi",

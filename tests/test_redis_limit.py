@@ -392,6 +392,47 @@ def test_urls_are_read(url: str, expected: tuple[object, ...]) -> None:
     assert redis_limit.RedisAddress.from_url(url) == redis_limit.RedisAddress(*expected)
 
 
+@pytest.mark.parametrize("url", ["redis://host", "redis+sentinel://host/service"])
+def test_passwords_can_be_in_files_or_in_the_environment(
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def of(parameters: str) -> tuple[str | None, str | None, str | None]:
+        address = redis_limit.RedisAddress.from_url(url + parameters)
+        assert "word" not in repr(address)
+        return address.password, address.sentinel_username, address.sentinel_password
+
+    sentinels = "sentinel" in url
+    (tmp_path / "one").write_text("word one\n")
+    (tmp_path / "two").write_text("word two\n")
+    assert of("") == (None, None, None)
+    assert of(f"?password_file={tmp_path}/one") == ("word one", None, None)
+    if sentinels:
+        assert of(f"?sentinel_password_file={tmp_path}/two&sentinel_username=me") == (None, "me", "word two")
+        assert of("?sentinel_password=word") == (None, None, "word")
+    monkeypatch.setenv("CONNLIMIT_REDIS_PASSWORD", "word 3")
+    monkeypatch.setenv("CONNLIMIT_SENTINEL_PASSWORD", "word 4")
+    assert of("") == ("word 3", None, "word 4" if sentinels else None)
+    assert of(f"?password_file={tmp_path}/one")[0] == "word one"
+
+
+def test_a_url_can_be_in_a_file_where_nobody_else_sees_it(redis: Redis, tmp_path: Path) -> None:
+    (tmp_path / "url").write_text(f"{redis.url}?ttl={TTL}\n")
+    command = ["--listen=tcp:0:interface=127.0.0.1", "--factory=echoes:factory", "--max-connections=1"]
+    command.append("--name=file")
+    (tmp_path / "echoes.py").write_text(ECHO)
+    with (
+        running(
+            "connlimit", *command, "--name=file", f"--shared-file={tmp_path}/url", cwd=tmp_path
+        ) as program,
+        socket.create_connection(("127.0.0.1", program.port()), PATIENCE) as client,
+    ):
+        client.sendall(b"hello")
+        assert client.recv(10) == b"hello"
+        script = [sys.executable, "-m", "connlimit.shared_admin", "--url-file", str(tmp_path / "url"), "list"]
+        done = subprocess.run(script, capture_output=True, text=True, timeout=PATIENCE)
+        assert "file: 1 of its own setting held" in done.stdout
+
+
 def test_a_url_can_carry_what_a_limit_takes() -> None:
     url = "redis://localhost/2?ttl=5&when_unreachable=local=3"
     limit = redis_limit.RedisLimit("x", 5, url=url)
@@ -416,11 +457,19 @@ def test_a_url_can_carry_what_a_limit_takes() -> None:
         ({"url": "redis://host?ttl=soon"}, "ttl must be a number of seconds from 0.5 to 3600, not 'soon'"),
         ({"url": "redis://host?ttl=nan"}, "ttl must be a number of seconds from 0.5 to 3600, not 'nan'"),
         ({"url": "redis://host?when_unreachable=local"}, "when_unreachable must be .*, not 'local'"),
-        ({"url": "redis://host?tttl=5"}, "url can have the parameters ttl, when_unreachable, not tttl=5"),
+        (
+            {"url": "redis://host?tttl=5"},
+            "url can have the parameters password_file, ttl, when_unreachable, not tttl=5",
+        ),
         ({"url": "redis://host?ssl_ca_certs=x"}, "url can have .*, not ssl_ca_certs=x"),
         ({"url": "redis+sentinel://host"}, "url must name a Redis"),
         ({"url": "redis+sentinel://host,:1/service"}, "url must name a Redis"),
-        ({"url": "redis://:secret@host/db"}, r"url must name .*, not 'redis://:\*\*\*@host/db'"),
+        ({"url": "redis://:secret@host/db"}, r"url must name .*, not 'redis://\*\*\*@host/db'"),
+        ({"url": "redis://:secret"}, r"url must name .*, not 'redis://:\*\*\*'"),
+        ({"url": "redis:/:secret@host"}, r"url must name .*, not 'redis:/\*\*\*@host'"),
+        ({"url": "redis://u:secret#x@host:y"}, r"url must name .*, not 'redis://\*\*\*@host:\*\*\*'"),
+        ({"url": "redis://host?password=secret"}, r"url can have .*, not password=\*\*\*"),
+        ({"url": "redis://host?password_file=/none"}, "password_file must be a file .*, not '/none'"),
         ({"url": "rediss://host?ssl_ca_certs=/none"}, "ssl_ca_certs must be a file of .*, not '/none'"),
     ],
 )
@@ -601,8 +650,16 @@ def test_an_endpoint_string_and_a_file_can_ask_for_it(tmp_path: Path) -> None:
             ["--shared=redis://", "--max-connections=5"],
             "--shared must name a Redis, such as redis://localhost:",
         ),
-        (["--shared=redis://x?tttl=0", "--max-connections=5"], "--shared can have the parameters ttl,"),
+        (
+            ["--shared=redis://x?tttl=0", "--max-connections=5"],
+            "--shared can have the parameters password_file, ttl,",
+        ),
         (["--shared=reddis://a:secret@host", "--max-connections=5"], "not 'reddis://***@host'"),
+        (
+            ["--shared-file=/none", "--max-connections=5"],
+            "--shared-file must be a file with a URL in its first line, not '/none'",
+        ),
+        (["--shared-file=/none", "--shared=redis://x"], "--shared-file must be left out when --shared is"),
         (["--shared=redis://x?ttl=0", "--max-connections=5"], "ttl must be a number of seconds from 0.5"),
     ],
 )
@@ -1063,10 +1120,17 @@ main()
         (ADMINISTER, ["set", "web"], 2, "the following arguments are required: N"),
         (ADMINISTER, ["set", "web", "-1"], 2, "-1"),
         (ADMINISTER, ["set", "web", "many"], 2, "N must be a whole number, 0 or more, not 'many'"),
+        (ADMINISTER, ["--url-file", "/none", "list"], 2, "--url-file must be a file with a URL in its first"),
+        (ADMINISTER, ["--url", "redis://:secret", "list"], 2, "not 'redis://:***'"),
         (ADMINISTER, ["set", "", "1"], 2, "NAME must be that of a limit, not ''"),
         (ADMINISTER, ["reset", ""], 2, "NAME must be that of a limit, not ''"),
         (ADMINISTER, ["--url", "http://localhost", "list"], 2, "--url must name a Redis, such as redis://"),
-        (ADMINISTER, ["--url", "redis://x?y=1", "list"], 2, "--url can have the parameters ttl, "),
+        (
+            ADMINISTER,
+            ["--url", "redis://x?y=1", "list"],
+            2,
+            "--url can have the parameters password_file, ttl, ",
+        ),
     ],
 )
 def test_its_command_line_is_carried_out_or_told_why_not_in_one_sentence(

@@ -4,6 +4,7 @@ Where a Redis is, by its URL.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Coroutine, Mapping
 from functools import partial
 from pathlib import Path
@@ -17,12 +18,21 @@ from twisted.internet.interfaces import IStreamClientEndpoint
 from connlimit._files import contents
 from connlimit._redis import connect
 from connlimit._sentinel import SentinelEndpoint
+from connlimit._sharing import masked
 
 _TIMEOUT = 2  # seconds until a connection is there
 
 #: The parameters that can follow a ``?`` with each scheme; those of a limit with all.
 OF_A_LIMIT = ("ttl", "when_unreachable")
-_PARAMETERS = {"redis": (), "redis+sentinel": (), "rediss": ("ssl_ca_certs",), "unix": ("db",)}
+_PARAMETERS = {
+    "redis": ("password_file",),
+    "redis+sentinel": ("password_file", "sentinel_username", "sentinel_password", "sentinel_password_file"),
+    "rediss": ("password_file", "ssl_ca_certs"),
+    "unix": ("password_file", "db"),
+}
+
+#: The variables of the environment with passwords that a URL does not have.
+PASSWORD, SENTINEL_PASSWORD = "CONNLIMIT_REDIS_PASSWORD", "CONNLIMIT_SENTINEL_PASSWORD"
 
 _PORT, _SENTINEL_PORT = 6379, 26379
 
@@ -43,6 +53,8 @@ class RedisAddress:
     ca: str | None = None
     sentinels: tuple[tuple[str, int], ...] = ()
     service: str | None = None
+    sentinel_username: str | None = None
+    sentinel_password: str | None = attrs.field(default=None, repr=False)
 
     @classmethod
     def from_url(cls, url: str) -> RedisAddress:
@@ -54,7 +66,11 @@ class RedisAddress:
           platform trusts or, with ``?ssl_ca_certs=FILE``, one of those in that PEM file;
         - ``unix://[[USER]:PASSWORD@]/PATH[?db=DATABASE]``;
         - ``redis+sentinel://[[USER]:PASSWORD@]HOST[:PORT][,HOST[:PORT]…]/SERVICE[/DATABASE]``: the primary
-          of a service, by its sentinels, which are asked without a password.
+          of a service, by its sentinels. If these demand a password themselves,
+          ``?sentinel_password=…&sentinel_username=…``, or ``?sentinel_password_file=FILE``.
+
+        The password can also be the first line of a file, ``?password_file=FILE``, or, if the URL names
+        none, that of the environment: ``CONNLIMIT_REDIS_PASSWORD``, and ``CONNLIMIT_SENTINEL_PASSWORD``.
 
         A limit's ``ttl`` and ``when_unreachable`` can be given as parameters with each.
 
@@ -69,18 +85,29 @@ class RedisAddress:
         except (ValueError, KeyError, AttributeError, TypeError):
             raise ValueError(
                 "url must name a Redis, such as redis://localhost:6379/0 or unix:///run/redis.sock, "
-                f"not {without_password(url)!r}"
+                f"not {masked(url)!r}"
             ) from None
         known = {*OF_A_LIMIT, *_PARAMETERS[parts.scheme]}
         for name, value in parameters.items():
             if name not in known:
+                shown = "***" if "pass" in name else value
                 raise ValueError(
-                    f"url can have the parameters {', '.join(sorted(known))}, not {name}={value}"
+                    f"url can have the parameters {', '.join(sorted(known))}, not {name}={shown}"
                 )
+        given = {
+            name.removeprefix("sentinel_"): text for name, text in parameters.items() if "sentinel_" in name
+        }
         return cls(
             **{"host": None, "port": _PORT, "path": None, "tls": False} | where,
             username=unquote(username) or None,
-            password=unquote(password) or None,
+            password=unquote(password) or _password(parameters, "password_file", PASSWORD),
+            sentinel_username=given.get("username") or None,
+            sentinel_password=given.get("password")
+            or (
+                _password(parameters, "sentinel_password_file", SENTINEL_PASSWORD)
+                if "service" in where
+                else None
+            ),
         )
 
     def endpoint(self, reactor: Any) -> IStreamClientEndpoint:
@@ -92,7 +119,14 @@ class RedisAddress:
         if self.path is not None:
             return UNIXClientEndpoint(reactor, self.path, timeout=_TIMEOUT)
         if self.service is not None:
-            return SentinelEndpoint(reactor, self.sentinels, self.service, _TIMEOUT)
+            return SentinelEndpoint(
+                reactor,
+                self.sentinels,
+                self.service,
+                _TIMEOUT,
+                self.sentinel_username,
+                self.sentinel_password,
+            )
         tcp = HostnameEndpoint(reactor, str(self.host), self.port, timeout=_TIMEOUT)
         if not self.tls:
             return tcp
@@ -131,13 +165,20 @@ def url_parameters(url: str) -> Mapping[str, str]:
     return dict(parse_qsl(urlsplit(url).query, keep_blank_values=True))
 
 
-def without_password(url: str) -> str:
+def _password(parameters: Mapping[str, str], name: str, variable: str) -> str | None:
     """
-    The URL as it can be shown.
+    The password in the file that a parameter names, or that of the environment.
     """
-    head, at, tail = url.rpartition("@")
-    scheme, slashes, user = head.partition("://")
-    return f"{scheme}{slashes}{user.partition(':')[0]}:***@{tail}" if at and ":" in user else url
+    file = parameters.get(name)
+    if file is None:
+        return os.environ.get(variable) or None
+    try:
+        lines = Path(file).read_text().splitlines()
+    except (OSError, ValueError):
+        lines = []
+    if not lines or not lines[0]:
+        raise ValueError(f"{name} must be a file with a password in its first line, not {file!r}")
+    return lines[0]
 
 
 def _host_and_port(text: str, default: int) -> tuple[str, int]:

@@ -33,6 +33,8 @@ class SentinelEndpoint:
     sentinels: tuple[tuple[str, int], ...]
     service: str
     timeout: float
+    username: str | None = None
+    password: str | None = attrs.field(default=None, repr=False)
     _first: int = 0
 
     def connect(self, protocolFactory: IProtocolFactory) -> Deferred[IProtocol]:
@@ -63,7 +65,7 @@ class SentinelEndpoint:
         return await asked.addTimeout(_PATIENCE, self.reactor)
 
     async def _found(self, endpoint: IStreamClientEndpoint) -> tuple[str, int]:
-        sentinel = await connect(endpoint)
+        sentinel = await connect(endpoint, username=self.username, password=self.password)
         try:
             answer = await sentinel.execute_command("SENTINEL", "GET-MASTER-ADDR-BY-NAME", self.service)
         finally:

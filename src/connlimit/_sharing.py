@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from connlimit._settings import Settings
@@ -38,7 +39,7 @@ def shared_limits(url: str | None, settings: Settings, spell: Callable[[str], st
     if not url.lower().startswith(_OF_A_REDIS):
         raise ValueError(
             f"{shared} must name a Redis, such as redis://localhost, or a server of semaphores, such as "
-            f"http://localhost:8000, not {_without_password(url)!r}"
+            f"http://localhost:8000, not {masked(url)!r}"
         )
     if settings.max_connections is None:
         raise ValueError(f"{shared} needs {spell('max_connections')}, how many are served at once in all")
@@ -52,8 +53,36 @@ def shared_limits(url: str | None, settings: Settings, spell: Callable[[str], st
         raise ValueError(renamed(error, shared)) from None
 
 
-def _without_password(url: str) -> str:
-    return re.sub("//[^/]*@", "//***@", url)
+def read_url(file: str, spell: Callable[[str], str] = str) -> str:
+    """
+    The URL that a file has, in its first line. So nobody sees a password in the list of processes.
+
+    :raises ValueError: if there is none.
+    """
+    try:
+        lines = Path(file).read_text().splitlines()
+    except (OSError, ValueError):
+        lines = []
+    if not lines or not lines[0].strip():
+        raise ValueError(f"{spell('shared_file')} must be a file with a URL in its first line, not {file!r}")
+    return lines[0].strip()
+
+
+def masked(url: str) -> str:
+    """
+    A URL, perhaps a mistyped one, as it can be shown: without whatever may be a password.
+    """
+    head, scheme, rest = re.split(r"^([A-Za-z][A-Za-z0-9+.-]*:/*|/*)", url, maxsplit=1)
+    where, mark, query = rest.partition("?")
+    if "@" in rest:
+        mask, at = "***@", rest.rindex("@") + 1
+        where, mark, query = rest[at:].partition("?")
+    else:
+        mask = ""
+    if "[" not in where:
+        where = re.sub(r":(?!\d*([/,]|$))[^/]*", ":***", where)
+    query = re.sub(r"((?:^|&)[^=&]*pass[^=&]*(?<!_file)=)[^&]*", r"\1***", query)
+    return f"{head}{scheme}{mask}{where}{mark}{query}"
 
 
 def renamed(error: ValueError, name: str) -> str:

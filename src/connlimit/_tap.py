@@ -25,7 +25,7 @@ from connlimit._role import Alone
 from connlimit._service import LimitedService
 from connlimit._serving import as_if_alone, import_factory, limited_plugin, plugins
 from connlimit._settings import FIELDS, Settings, check_limits, parse
-from connlimit._sharing import shared_limits
+from connlimit._sharing import read_url, shared_limits
 from connlimit._toml import ConfigError, source
 from connlimit.status import status_service
 
@@ -104,6 +104,12 @@ class Options(ProgramOptions):
             " slots of the semaphore of this name from the server at this http URL",
         ],
         [
+            "shared-file",
+            None,
+            None,
+            "the same with the URL in this file, where nobody else sees its password",
+        ],
+        [
             "status",
             None,
             None,
@@ -163,6 +169,10 @@ class Options(ProgramOptions):
             check_when_full(self["when-full"], "--when-full")
             self["settings"] = parse(given, _spell)
             settings = Settings().evolve(self["settings"], _spell)
+            if self["shared-file"] is not None:
+                if self["shared"] is not None:
+                    raise ValueError("--shared-file must be left out when --shared is given")
+                self["shared"] = read_url(self["shared-file"], _spell)
             shared_limits(self["shared"], settings, _spell)  # whether it can be made
             self["processes"] = self.count("processes", MOST_PROCESSES)
             self["worker_timeout"] = self.time("worker-timeout")

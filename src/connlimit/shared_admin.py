@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from twisted.internet.defer import Deferred, ensureDeferred
 from twisted.internet.task import react
 
-from connlimit._sharing import renamed
+from connlimit._sharing import read_url, renamed
 from connlimit._version import __version__
 
 if TYPE_CHECKING:
@@ -42,6 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     parser = _Parser(prog="connlimit-shared", description=__doc__)
     parser.add_argument("--url", default="redis://localhost", help="that of the Redis (%(default)s)")
+    parser.add_argument("--url-file", metavar="FILE", help="a file that has it, and its password, instead")
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     orders = parser.add_subparsers(dest="order", required=True)
     orders.add_parser("list", help="who holds how many slots of which limit")
@@ -60,6 +61,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         from connlimit._redis_address import RedisAddress
 
+        if options.url_file is not None:
+            options.url = read_url(options.url_file, lambda _: "--url-file")
         address = RedisAddress.from_url(options.url)
     except ImportError:
         parser.error("this needs txredisapi: pip install 'connlimit[redis]'")
