@@ -121,11 +121,14 @@ def twistd_command(*arguments: str) -> list[str]:
 
 
 @contextmanager
-def running(*arguments: str, cwd: Path | None = None, ulimit: str = "") -> Iterator[Program]:
+def running(
+    *arguments: str, cwd: Path | None = None, ulimit: str = "", **environment: str
+) -> Iterator[Program]:
     """
     Run ``twistd`` with the arguments as long as the context lasts.
 
     :param ulimit: arguments for the shell's ``ulimit``, to run it under.
+    :param environment: variables besides those of this process.
     """
     command = twistd_command(*arguments)
     if ulimit:
@@ -137,7 +140,7 @@ def running(*arguments: str, cwd: Path | None = None, ulimit: str = "") -> Itera
         stderr=subprocess.STDOUT,
         text=True,
         cwd=cwd,
-        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+        env={**os.environ, "PYTHONUNBUFFERED": "1", **environment},
     )
     program = Program(process)
     try:

@@ -4,16 +4,19 @@ The configuration file: what it may say, and all that is wrong with it at once.
 
 from __future__ import annotations
 
+import os
 import subprocess
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import PATIENCE, failing, twistd_command
+from support import ECHO, PATIENCE, failing, running, twistd_command
 
 from connlimit import refusals
 from connlimit._config import Config, ServiceConfig, StatusConfig, read
+from connlimit._configured import check
+from connlimit._files import MOST_BYTES
 from connlimit._relay_options import RelayOptions
 from connlimit._toml import ConfigError
 
@@ -207,6 +210,7 @@ def test_everything_that_is_wrong_is_told_at_once(tmp_path: Path) -> None:
         (SMALL + "[limiters.other]\n", "limiter must be the name of a limiter (web, other), and is missing"),
         ("status = 5\n" + SMALL, "status must be a table, not 5"),
         ("processes = 0\n" + SMALL, "processes must be a whole number from 1 to 1024, not 0"),
+        ("worker_timeout = 0.5\n" + SMALL, "worker_timeout must be a number of seconds, 1 or more, not 0.5"),
         ("processes = true\n" + SMALL, "processes must be a whole number from 1 to 1024, not true"),
     ],
 )
@@ -221,6 +225,91 @@ def test_a_file_that_cannot_be_read_gets_a_sentence(tmp_path: Path) -> None:
     (tmp_path / "binary").write_bytes(b"\xff\xfe")
     with pytest.raises(ConfigError, match="this is no TOML"):
         read(tmp_path / "binary")
+
+
+def test_what_is_no_regular_file_or_too_large_is_refused_at_once(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    for path in (tmp_path / "fifo", Path(os.devnull)):
+        with pytest.raises(ConfigError, match="the file cannot be read: it is not a regular file"):
+            read(path)
+    (tmp_path / "large").write_bytes(b"#" * (MOST_BYTES + 1))
+    with pytest.raises(ConfigError, match="the file cannot be read: it has more than 1048576 bytes"):
+        read(tmp_path / "large")
+
+
+def test_a_fifo_on_the_command_line_gets_one_sentence(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    sentence = failing("connlimit", "--config", str(tmp_path / "fifo"))
+    assert sentence.endswith("fifo: the file cannot be read: it is not a regular file")
+
+
+@pytest.mark.parametrize(
+    ("service", "sentences"),
+    [
+        (
+            'plugin = ["procmon", "true"]',
+            ["procmon has no service that listens, so there is nothing to limit"],
+        ),
+        (
+            'plugin = ["ftp", "--port=0"]\nwhen_full = "stop-accepting"',
+            ["when_full must be refuse, not stop-accepting, for ftp, which listens without endpoints"],
+        ),
+        ('plugin = ["web", "--path=.", "--nonsense"]', ["plugin web does not take these arguments"]),
+        ('plugin = ["web", "--listen=tcp:x"]', ["web cannot be made with these options"]),
+        (
+            'listen = ["tpc:1", "tcp:x"]\nforward = "tcp:"',
+            ["listen must be an endpoint", "listen must be an endpoint", "forward must be an endpoint"],
+        ),
+    ],
+)
+def test_all_that_the_start_needs_is_checked(service: str, sentences: list[str], tmp_path: Path) -> None:
+    from twisted.internet import reactor
+
+    path = written(tmp_path, f"[limiters.web]\nmax_connections = 5\n[services.site]\n{service}\n")
+    with pytest.raises(ConfigError) as caught:
+        check(path, read(path), reactor)
+    assert len(caught.value.errors) == len(sentences)
+    for error, sentence in zip(caught.value.errors, sentences, strict=True):
+        assert sentence in error
+        assert error.startswith(f"{path}: [services.site] ")
+
+
+def test_a_plugin_finds_the_options_of_twistd_as_without_us(tmp_path: Path) -> None:
+    """
+    Some look at them, as carbon-cache does, and change them.
+    """
+    (tmp_path / "twisted" / "plugins").mkdir(parents=True)
+    (tmp_path / "twisted" / "plugins" / "looking.py").write_text(
+        "from twisted.application.service import ServiceMaker\n"
+        'looking = ServiceMaker("Looking", "looking", "Looks at the options.", "looking")\n'
+    )
+    (tmp_path / "looking.py").write_text(
+        "from twisted.application import strports\n"
+        "from twisted.python import usage\n"
+        "from echo_server import factory\n"
+        "class Options(usage.Options):\n"
+        "    def postOptions(self):\n"
+        "        twistd = self.parent\n"
+        "        self.seen = [twistd['pidfile'], twistd['nodaemon'], twistd.subCommand]\n"
+        "        self.seen.append(twistd.subOptions is self)\n"
+        "        twistd['pidfile'] = 'changed.pid'\n"
+        "def makeService(options):\n"
+        "    print('seen', *options.seen, options.parent.subCommand)\n"
+        "    return strports.service('tcp:0:interface=127.0.0.1', factory)\n"
+    )
+    (tmp_path / "echo_server.py").write_text(ECHO)
+    path = written(tmp_path, '[limiters.a]\nmax_connections = 5\n[services.s]\nplugin = ["looking"]\n')
+    for arguments in (
+        ["--max-connections=1", "looking"],
+        ["--config", str(path)],
+        ["--max-connections=1", "--processes=2", "looking"],
+    ):
+        with running("connlimit", *arguments, cwd=tmp_path, PYTHONPATH=str(tmp_path)) as program:
+            program.wait_for("seen  1 looking True looking")
+            if "--processes=2" in arguments:
+                program.wait_for(r"\[worker 1, stdout.*\] seen \S*changed.pid 1 looking True looking")
+            program.wait_for("1 served at once|5 served at once")
+            assert program.terminate() == 0
 
 
 def test_the_example_is_right_and_check_config_says_what_it_does() -> None:

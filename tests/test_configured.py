@@ -5,6 +5,7 @@ A program with a configuration file: what it runs, how it is reloaded and how it
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 import socket
@@ -206,6 +207,88 @@ def test_a_limiter_that_is_no_more_lets_its_connections_finish(configured: Runni
         with configured.connect() as new:
             assert ask(new) == b"hello you\r\n"
         assert configured.limiter()["name"] == "other"
+
+
+def test_a_limiter_that_comes_back_counts_whom_it_still_serves(configured: Running) -> None:
+    served, clients = [], []
+    for number in range(7):
+        name = ("main", "other")[number % 2]
+        limits = f"[limiters.{name}]\nmax_connections = 2\n"
+        configured.write(limits + configured.service().replace("main", name))
+        configured.reload()
+        clients = [configured.connect() for _ in range(3)]
+        configured.until(name=name, active=2, waiting=1 if number < 2 else 3)
+        served += clients[:2] if number < 2 else []
+    assert [ask(client) for client in served] == 4 * [b"hello you\r\n"]
+    for client in served[:2]:
+        client.close()
+    assert [ask(client) for client in clients[:2]] == 2 * [b"hello you\r\n"]
+
+
+def test_services_can_swap_their_ports(configured: Running) -> None:
+    limits = "[limiters.main]\nmax_connections = 9\n"
+    one, two = configured.port, configured.other
+
+    def write(hello: int, bye: int) -> None:
+        configured.write(
+            limits + configured.service("one", hello) + configured.service("two", bye, "server:bye")
+        )
+
+    write(one, two)
+    configured.reload()
+    with configured.connect(one) as client:
+        assert ask(client) == b"hello you\r\n"
+        write(two, one)
+        configured.reload()
+        with configured.connect(one) as swapped, configured.connect(two) as other:
+            assert ask(client) == ask(other) == b"hello you\r\n"
+            assert ask(swapped) == b"bye you\r\n"
+    # The status page is no exception, and gives its port to a service, and the other way round.
+    configured.status, status = two, configured.status
+    configured.write(limits + configured.service("one", status))
+    configured.reload()
+    assert configured.get("health") == "ok\n"
+    with configured.connect(status) as client:
+        assert ask(client) == b"hello you\r\n"
+
+
+def test_what_cannot_take_the_place_of_a_port_leaves_it_as_it_was(configured: Running) -> None:
+    """
+    Our own port is in the way, and so is one of somebody else.
+    """
+    limits = "[limiters.main]\nmax_connections = 9\n"
+    with socket.create_server(("127.0.0.2", configured.port)), configured.connect() as client:
+        anywhere = configured.service().replace(":interface=127.0.0.1", "")
+        configured.write(limits + anywhere)
+        configured.reload("nothing was changed")
+        assert ask(client) == b"hello you\r\n"
+        with configured.connect() as new:
+            assert ask(new) == b"hello you\r\n"
+    configured.reload()
+    with configured.connect() as new:
+        assert ask(new) == b"hello you\r\n"
+
+
+def test_a_status_page_whose_port_is_taken_comes_when_it_is_free(configured: Running) -> None:
+    text = "[limiters.main]\nmax_connections = 2\n" + configured.service()
+    configured.write(text, status=False)
+    configured.reload()
+    with socket.create_server(("127.0.0.1", configured.status)):
+        configured.write(text)
+        configured.reload("nothing was changed")
+        assert "status page cannot be started" not in configured.program.output
+    configured.reload()
+    assert configured.get("health") == "ok\n"
+
+
+def test_a_fifo_in_the_place_of_the_file_holds_nothing_up(configured: Running) -> None:
+    configured.path.unlink()
+    os.mkfifo(configured.path)
+    configured.reload("nothing was changed")
+    configured.program.wait_for("connlimit.toml: the file cannot be read: it is not a regular file")
+    with configured.connect() as client:
+        assert ask(client) == b"hello you\r\n"
+    assert configured.program.terminate() == 0
 
 
 def test_systemd_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -533,6 +533,166 @@ def test_a_worker_that_dies_while_the_file_is_broken_or_not_reloaded_comes_back(
         assert not select.select(clients, [], [], 0.2)[0]
 
 
+# What is logged
+
+TELLING = """
+import os
+from twisted.internet.protocol import Factory, Protocol
+from twisted.logger import Logger, jsonFileLogObserver
+from twisted.python import log
+
+class Thing:
+    name = "thing"
+
+logger = Logger(namespace="telling")
+
+class Telling(Protocol):
+    def dataReceived(self, data):
+        form = "{data!r} of {thing.name} and {many[0]} at {at:.1f}"
+        logger.warn(form, data=data, thing=Thing(), many=[5], at=1.23)
+        log.msg("the old way", more=7)
+        try:
+            1 / 0
+        except ZeroDivisionError:
+            logger.failure("it fails with {number}", number=5)
+        circle = {}
+        circle["itself"] = circle
+        logger.info("what is {no} JSON", no="no", circle=circle)
+        logger.info("all is told")
+
+factory = Factory.forProtocol(Telling)
+
+def observer():
+    return jsonFileLogObserver(open("log.json", "w", buffering=1), recordSeparator="")
+"""
+
+
+def test_events_of_workers_are_those_of_a_single_process_but_for_their_system(tmp_path: Path) -> None:
+    (tmp_path / "telling.py").write_text(TELLING)
+    events = {}
+    for processes in (1, 2):
+        port = free_port()
+        arguments = [f"--processes={processes}", "--max-connections=9", f"--listen=tcp:{port}"]
+        command = twistd_command(
+            "--logger=telling.observer", "connlimit", *arguments, "--factory=telling:factory"
+        )
+        environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+        with subprocess.Popen(command, cwd=tmp_path, env=environment) as process:
+            try:
+                client = connected_soon(port)
+                client.sendall(b"hello")
+                told = until_told(tmp_path / "log.json")
+                client.close()
+            finally:
+                process.kill()
+        events[processes] = [each for each in told if each["log_namespace"] == "telling" or "more" in each]
+        (tmp_path / "log.json").unlink()
+    assert len(events[1]) == 4  # one has no JSON
+    for event in events[2]:
+        assert event.pop("worker") in (1, 2)
+        assert re.match(r"worker [12], (Telling,0,127.0.0.1|telling#\w+)", event.pop("log_system"))
+    alone = [{k: v for k, v in event.items() if k != "log_system"} for event in events[1]]
+    together = [event for event in events[2] if event["log_format"] != "{text}"]
+    for event in alone + together:
+        event.pop("log_failure", None)
+        for key in ("log_time", "time"):
+            event.pop(key, None)
+    assert together == alone
+    (circle,) = [event for event in events[2] if event["log_format"] == "{text}"]
+    assert circle["text"] == "what is no JSON"
+
+
+def until_told(path: Path) -> list[dict[str, object]]:
+    """
+    The events of a log, once the last was logged.
+    """
+    began = time.monotonic()
+    while not path.exists() or "all is told" not in path.read_text():
+        assert time.monotonic() - began < PATIENCE
+        time.sleep(0.05)
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def connected_soon(port: int) -> socket.socket:
+    """
+    A client, once somebody listens.
+    """
+    began = time.monotonic()
+    while True:
+        try:
+            return connected(port)
+        except ConnectionRefusedError:
+            assert time.monotonic() - began < PATIENCE
+            time.sleep(0.05)
+
+
+def test_the_log_of_a_worker_says_why_something_failed(tmp_path: Path) -> None:
+    (tmp_path / "telling.py").write_text(TELLING)
+    arguments = ["--processes=2", "--max-connections=9", "--listen", LOCAL, "--factory=telling:factory"]
+    with running("connlimit", *arguments, cwd=tmp_path) as program, connected(program.port()) as client:
+        client.sendall(b"hello")
+        program.wait_for(
+            r"(?s)worker \d, telling#critical\] it fails with 5.*ZeroDivisionError: division by zero"
+        )
+
+
+def test_a_parent_that_is_stuck_holds_no_worker_up(tmp_path: Path) -> None:
+    (tmp_path / "talkative.py").write_text(
+        "from twisted.internet.protocol import Factory, Protocol\n"
+        "from twisted.logger import Logger\n"
+        "class Talkative(Protocol):\n"
+        "    def dataReceived(self, data):\n"
+        "        for number in range(3000):\n"
+        "            Logger().info('{text}', text='x' * 1000)\n"
+        "        self.transport.write(data)\n"
+        "factory = Factory.forProtocol(Talkative)\n"
+    )
+    arguments = ["--processes=2", "--max-connections=9", "--listen", LOCAL, "--factory=talkative:factory"]
+    with running("connlimit", *arguments, cwd=tmp_path) as program, connected(program.port()) as client:
+        workers(program, 2)
+        program.process.send_signal(signal.SIGSTOP)
+        client.sendall(b"hello")
+        assert client.recv(100) == b"hello"
+        program.process.send_signal(signal.SIGCONT)
+        program.wait_for(
+            r"\[worker \d, .*\] \d+ lines of the log were dropped, as the parent did not read them"
+        )
+        client.sendall(b"again")
+        assert client.recv(100) == b"again"
+        assert program.terminate() == 0
+
+
+# Workers that hang
+
+
+def test_a_worker_that_hangs_is_killed_and_its_slots_are_free(folder: Path) -> None:
+    arguments = ["--processes=2", "--worker-timeout=2", "--max-connections=2", "--listen", LOCAL, *FACTORY]
+    with running("connlimit", *arguments, cwd=folder) as program, ExitStack() as stack:
+        pids = workers(program, 2)
+        clients = [stack.enter_context(connected(program.port())) for _ in range(2)]
+        victim = asked(clients[0])
+        number = next(number for number, pid in pids.items() if pid == victim)
+        os.kill(victim, signal.SIGSTOP)
+        program.wait_for(rf"worker {number} has not answered for 2 s and is killed")
+        program.wait_for(rf"(?s)worker {number} died of SIGKILL.*worker {number} serves")
+        stack.close()
+        assert served_at_once(program.port(), 2) <= set(workers(program, 2).values())
+        assert program.output.count("has not answered") == 1
+
+
+def test_a_parent_that_was_stopped_itself_kills_no_worker(folder: Path) -> None:
+    arguments = ["--processes=2", "--worker-timeout=3", "--max-connections=9", "--listen", LOCAL, *FACTORY]
+    with running("connlimit", *arguments, cwd=folder) as program:
+        pids = workers(program, 2)
+        program.process.send_signal(signal.SIGSTOP)
+        time.sleep(5)
+        program.process.send_signal(signal.SIGCONT)
+        time.sleep(1.5)  # the next look, and its answer
+        assert not any(map(is_gone, pids.values()))
+        assert "has not answered" not in program.output
+        assert program.terminate() == 0
+
+
 # What cannot start
 
 

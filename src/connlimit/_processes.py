@@ -56,6 +56,9 @@ _LAST_WORDS = 1.0
 #: Seconds between two looks at what the workers do.
 _LOOK_INTERVAL = 1.0
 
+#: Seconds that a worker may take, at least, until it serves and answers.
+_START_TIMEOUT = 60.0
+
 #: How many bytes a line may have that comes from below a worker.
 _LONGEST_LINE = 1 << 16
 
@@ -387,11 +390,15 @@ class _Worker(ProcessProtocol):
                 self._channel.tell(_channel.Look)
             beat = self._channel.callRemote(_channel.Beat)
             beat.addCallbacks(self._has_answered, lambda failure: None)
-        elif (self._unanswered - 1) * _LOOK_INTERVAL >= self.parent.worker_timeout and not self._is_killed:
+            return
+        timeout = self.parent.worker_timeout
+        if not self.runs:
+            timeout = max(timeout, _START_TIMEOUT)
+        if (self._unanswered - 1) * _LOOK_INTERVAL >= timeout and not self._is_killed:
             _log.error(
                 "worker {number} has not answered for {seconds:.0f} s and is killed",
                 number=self.number,
-                seconds=self.parent.worker_timeout,
+                seconds=timeout,
             )
             self.kill()
 

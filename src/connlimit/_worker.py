@@ -53,7 +53,7 @@ class Worker(Alone):
         """
         self.ports = InheritedPorts(reactor)
         self.channel = _WorkersEnd(self)
-        self._reactor = reactor
+        self.reactor = reactor
         self._arguments = arguments
         self._log_pipe = log
         self._limits: dict[str, BorrowedLimit] = {}
@@ -129,12 +129,10 @@ class Worker(Alone):
         """
         Do what the parent orders, until it orders to stop, or is no more.
         """
-        self._reactor.addSystemEventTrigger("before", "shutdown", lambda: ensureDeferred(self._stop()))
-        self._reactor.adoptStreamConnection(
-            control, socket.AF_UNIX, Factory.forProtocol(lambda: self.channel)
-        )
+        self.reactor.addSystemEventTrigger("before", "shutdown", lambda: ensureDeferred(self._stop()))
+        self.reactor.adoptStreamConnection(control, socket.AF_UNIX, Factory.forProtocol(lambda: self.channel))
         os.close(control)
-        self._reactor.run()
+        self.reactor.run()
 
     def run(self, assignment: _channel.Assignment) -> None:
         """
@@ -173,7 +171,7 @@ class Worker(Alone):
         if assignment.text is not None and not await program.run(assignment.text):
             # What keeps this process from it, and not the parent, may pass.
             later = min(2 * delay, _MOST_DELAY)
-            self._reactor.callLater(delay, self._try_again, assignment, program, later)
+            self.reactor.callLater(delay, self._try_again, assignment, program, later)
         self._forget(program)
         self.channel.tell(_channel.Ready, number=assignment.number)
 
@@ -198,7 +196,7 @@ class Worker(Alone):
         """
         if not self._is_stopping:
             self._is_stopping = True
-            self._reactor.stop()
+            self.reactor.stop()
 
     def report(self) -> None:
         """
@@ -259,7 +257,8 @@ class _WorkersEnd(_channel.Channel):
     def run(self) -> dict[str, Any]:
         whole = b"".join(self._parts)
         self._parts.clear()
-        self._worker.run(_channel.Assignment.of(whole))
+        # In a turn of its own: what is done by it is not done by this connection.
+        self._worker.reactor.callLater(0, self._worker.run, _channel.Assignment.of(whole))
         return {}
 
     @_channel.Beat.responder
