@@ -129,6 +129,10 @@ def folder(tmp_path: Path) -> Path:
     """
     for file in ("limited_echo.py", "throttle.toml"):
         shutil.copy(EXAMPLES / file, tmp_path)
+    application = (EXAMPLES / "limited_later.tac").read_text()
+    (tmp_path / "limited_later.tac").write_text(
+        application.replace("tcp:8006:interface=127.0.0.1", "unix:echo").replace("8007", "0")
+    )
     text = (EXAMPLES / "connlimit.toml").read_text()
     (tmp_path / "connlimit.toml").write_text(re.sub(r"tcp:80\d\d", "tcp:0", text))
     return tmp_path
@@ -157,6 +161,7 @@ PRELUDE = """
 import gc
 import sys
 import time
+from twisted.application.internet import StreamServerEndpointService
 from twisted.logger import LogLevel, globalLogPublisher
 failures = []
 globalLogPublisher.addObserver(lambda event: event["log_level"] >= LogLevel.error and failures.append(event))

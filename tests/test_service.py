@@ -6,20 +6,29 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 import pytest
 from fakes import RecordingFactory
 from pytest_twisted import ensureDeferred
 from sockets import connected, patiently, until
-from twisted.application.service import Application, IService
+from twisted.application.internet import (
+    SSLServer,
+    StreamServerEndpointService,
+    TCPClient,
+    TCPServer,
+    UNIXServer,
+)
+from twisted.application.service import Application, IService, MultiService, Service
 from twisted.internet import reactor
-from twisted.internet.endpoints import TCP4ServerEndpoint
+from twisted.internet.endpoints import TCP4ServerEndpoint, serverFromString
 from twisted.internet.error import CannotListenError
 from twisted.internet.interfaces import IStreamServerEndpoint
 from twisted.internet.protocol import Factory
+from zope.interface import providedBy
 from zope.interface.verify import verifyObject
 
-from connlimit import LimitedService, Limiter, LimitingEndpoint
+from connlimit import LimitedService, Limiter, LimitingEndpoint, LimitingFactory, limit_reactor, limit_service
 
 
 def tcp(port: int = 0) -> TCP4ServerEndpoint:
@@ -164,3 +173,143 @@ def test_a_service_has_a_place_in_an_application() -> None:
     service = LimitedService(tcp(), RecordingFactory(), Limiter())
     service.setServiceParent(application)
     assert list(IService(application)) == [service]
+
+
+# Services of others
+
+
+def services() -> tuple[MultiService, list[object]]:
+    """
+    A tree of services, and those in it that listen, in all the ways there are.
+    """
+    outer, inner = MultiService(), MultiService()
+    inner.setServiceParent(outer)
+    listening = [
+        StreamServerEndpointService(
+            serverFromString(reactor, "tcp:81:interface=127.0.0.1"), RecordingFactory()
+        ),
+        StreamServerEndpointService(serverFromString(reactor, "haproxy:tcp6:82"), RecordingFactory()),
+        StreamServerEndpointService(serverFromString(reactor, "unix:/run/83"), RecordingFactory()),
+        TCPServer(84, RecordingFactory(), 50, "127.0.0.1"),
+        TCPServer(85, RecordingFactory(), interface="127.0.0.1"),
+        SSLServer(86, RecordingFactory(), None),
+        UNIXServer("/run/87", factory=RecordingFactory()),
+    ]
+    for number, service in enumerate([*listening, Service(), TCPClient("localhost", 1, None)]):
+        service.setServiceParent((outer, inner)[number % 2])
+    return outer, listening
+
+
+def factory_of(service: object) -> object:
+    if isinstance(service, StreamServerEndpointService):
+        return service.factory
+    return service.kwargs["factory"] if "factory" in service.kwargs else service.args[1]
+
+
+@pytest.mark.parametrize(
+    ("skip", "left_out"),
+    [
+        ([], []),
+        (["tcp:81"], [0]),
+        (["tcp:81:interface=127.0.0.1", "tcp:82"], [0, 1]),
+        (["unix:/run/83", "tcp:84", "unix:/run/../run/87"], [2, 3, 6]),
+        (["tcp:85:interface=127.0.0.1", "tcp:86"], [4, 5]),
+    ],
+)
+def test_all_that_listens_in_a_tree_of_services_is_limited_but_for_what_is_skipped(
+    skip: list[str], left_out: list[int]
+) -> None:
+    tree, listening = services()
+    limiter = Limiter(3)
+    limited = limit_service(tree, limiter, skip=skip)
+    assert {*limited} == {each for number, each in enumerate(listening) if number not in left_out}
+    for number, each in enumerate(listening):
+        factory = factory_of(each)
+        assert isinstance(factory, RecordingFactory if number in left_out else LimitingFactory)
+        assert number in left_out or factory.limiter is limiter
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (
+            {"skip": ["tcp:80"]},
+            r"skip must say where something listens \(tcp:8.*tcp:81:interface=127.0.0.1, .*not 'tcp:80'",
+        ),
+        ({"skip": ["tcp:81:interface=127.0.0.2"]}, "skip must say where something listens"),
+        ({"skip": ["tcp:70000"]}, "skip must be an endpoint such as tcp:8080"),
+        ({"when_full": "never"}, "when_full must be refuse or stop-accepting, not 'never'"),
+        (
+            {"when_full": "stop-accepting"},
+            "when_full must be refuse, not stop-accepting, for this, which listens",
+        ),
+    ],
+)
+def test_what_cannot_be_limited_is_left_as_it_is(settings: dict[str, object], words: str) -> None:
+    tree, listening = services()
+    with pytest.raises(ValueError, match=rf"\A{words}"):
+        limit_service(tree, Limiter(1), **settings)
+    assert all(isinstance(factory_of(each), RecordingFactory) for each in listening)
+
+
+def test_a_tree_in_which_nothing_listens_cannot_be_limited() -> None:
+    for tree in (MultiService(), Service(), Application("idle")):
+        with pytest.raises(ValueError, match="this has no service that listens"):
+            limit_service(tree, Limiter(1))
+
+
+@ensureDeferred
+async def test_an_application_is_limited_until_it_is_started() -> None:
+    application = Application("echo")
+    endpoint, limiter = KnownPort(), Limiter(1)
+    StreamServerEndpointService(endpoint, RecordingFactory()).setServiceParent(application)
+    limit_service(application, limiter, "stop-accepting")
+    service = IService(application)
+    service.startService()
+    first = await connected(endpoint.where)
+    await until(lambda: limiter.active == 1)
+    second = await connected(endpoint.where)
+    second.transport.write(b"hello")
+    await until(lambda: limiter.waiting == 1)
+    assert limiter.snapshot().backlog == 0
+    with pytest.raises(ValueError, match="listens already; it must be limited before it is started"):
+        limit_service(application, limiter)
+    await first.close()
+    await second.receives(b"hello")
+    await service.stopService()
+    await patiently(limiter.drain(0))
+
+
+# Reactors
+
+
+@ensureDeferred
+async def test_what_listens_by_a_limited_reactor_is_limited(tmp_path: Path) -> None:
+    limiter = Limiter(1)
+    limited = limit_reactor(reactor, limiter)
+    assert list(providedBy(limited)) == list(providedBy(reactor))
+    ports = [
+        limited.listenTCP(0, RecordingFactory(), interface="127.0.0.1"),
+        limited.listenUNIX(str(tmp_path / "socket"), RecordingFactory()),
+        await serverFromString(limited, "tcp:0:interface=127.0.0.1").listen(RecordingFactory()),
+    ]
+    tcp, unix, endpoint = ports
+    first = await connected(f"tcp:127.0.0.1:{tcp.getHost().port}")
+    await until(lambda: limiter.active == 1)
+    others = [
+        await connected(f"unix:{tmp_path}/socket"),
+        await connected(f"tcp:127.0.0.1:{endpoint.getHost().port}"),
+    ]
+    for other in others:
+        other.transport.write(b"hello")
+    await until(lambda: limiter.waiting == 2)
+    assert limiter.snapshot().backlog == 0
+    await first.close()
+    await until(lambda: limiter.waiting == 1)
+    for other in sorted(others, key=lambda other: not other.received):
+        await other.receives(b"hello")
+        await other.close()
+    for port in ports:
+        await port.stopListening()
+    with pytest.raises(ValueError, match="when_full must be refuse or stop-accepting, not 'never'"):
+        limit_reactor(reactor, limiter, "never")

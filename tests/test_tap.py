@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import ftplib
 import os
+import re
 import resource
 import selectors
 import signal
@@ -32,8 +33,7 @@ from twisted.application.internet import SSLServer, StreamServerEndpointService,
 from twisted.application.service import IServiceMaker, MultiService, Service
 from twisted.plugin import getPlugins
 
-from connlimit import Limiter, LimitingFactory, __version__
-from connlimit._serving import limit_service
+from connlimit import __version__
 from connlimit._tap import CannotStart, Options, makeService
 
 LOCAL = "tcp:0:interface=127.0.0.1"
@@ -552,6 +552,123 @@ def with_plugin(monkeypatch: pytest.MonkeyPatch, service: Service) -> MultiServi
     return makeService(options)
 
 
+TAC = """
+import os
+from twisted.application.internet import StreamServerEndpointService, TCPServer, TimerService
+from twisted.application.service import Application, IService
+from twisted.internet import reactor
+from twisted.internet.endpoints import serverFromString
+from echo_server import factory, make
+
+application = Application("echoes", uid=UID, gid=UID)
+TCPServer(0, factory, interface="127.0.0.1").setServiceParent(application)
+admin = serverFromString(reactor, "unix:" + os.path.join(os.path.dirname(__file__), "admin"))
+StreamServerEndpointService(admin, make()).setServiceParent(application)
+TimerService(1, print, "the application runs").setServiceParent(application)
+"""
+
+
+FILE = """
+[limiters.echoes]
+max_connections = 1
+[services.echoes]
+tac = "echoes.tac"
+skip = "unix:admin"
+"""
+
+
+@pytest.mark.parametrize("way", ["command line", "two processes", "file"])
+def test_an_application_is_limited_but_for_what_is_skipped(echo: Path, way: str) -> None:
+    # Who is nobody may start no workers, and with a file twistd must be told who to be.
+    uid = (os.getuid() or 65534) if way == "command line" else os.getuid()
+    (echo / "echoes.tac").write_text(TAC.replace("UID", str(uid) if way == "command line" else "None"))
+    (echo / "connlimit.toml").write_text(FILE)
+    arguments = ["--max-connections=1", "--tac=echoes.tac", f"--skip=unix:{echo}/admin"]
+    if way == "two processes":
+        arguments.append("--processes=2")
+    if way == "file":
+        arguments = ["--config=connlimit.toml"]
+    with running("connlimit", *arguments, cwd=echo) as program:
+        program.wait_for("the application runs")
+        with (
+            client(program.port()) as first,
+            client(program.port()) as second,
+            socket.socket(socket.AF_UNIX) as admin,
+        ):
+            first.sendall(b"first")
+            assert first.recv(100) == b"first"
+            second.sendall(b"second")
+            assert says_nothing(second)
+            admin.settimeout(PATIENCE)
+            admin.connect(str(echo / "admin"))
+            admin.sendall(b"admin")
+            assert admin.recv(100) == b"admin"
+            first.close()
+            assert second.recv(100) == b"second"
+        found = re.search(r"Uid:\s+(\d+)", Path(f"/proc/{program.process.pid}/status").read_text())[1]
+        assert int(found) == uid
+        assert program.terminate() == 0
+        assert "Traceback" not in program.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--tac=absent.tac"], "--tac absent.tac cannot be read: No such file or directory"),
+        (["--tac=."], "--tac . cannot be read: Is a directory"),
+        (["--tac=empty.tac"], "--tac empty.tac failed: it has no application"),
+        (["--tac=failing.tac"], "--tac failing.tac failed: RuntimeError: not today, nor tomorrow"),
+        (["--tac=wrong.tac"], "--tac wrong.tac failed: SyntaxError: "),
+        (["--tac=ending.tac"], "--tac ending.tac failed: SystemExit: 5"),
+        (["--tac=number.tac"], "--tac number.tac failed: "),
+        (["--tac=idle.tac"], "idle.tac has no service that listens, so there is nothing to limit"),
+        (
+            ["--tac=echoes.tac", "--skip=tcp:7"],
+            "--skip must say where something listens (tcp:0:interface=127.0.0.1, unix:",
+        ),
+        (["--tac=echoes.tac", "--skip=tpc:7"], "--skip must be an endpoint such as tcp:8080, not 'tpc:7'"),
+        (
+            ["--tac=echoes.tac", "--skip=tcp:0", "--skip=unix:{echo}/admin"],
+            "--skip leaves nothing of echoes.tac to limit",
+        ),
+        (["--tac=echoes.tac", "--listen=tcp:0"], "--listen must be left out with --tac"),
+        (
+            ["--tac=echoes.tac", "--when-full=stop-accepting"],
+            "--when-full must be refuse, not stop-accepting",
+        ),
+        (["--tac=echoes.tac", "web"], "only one of --tac and web can be limited"),
+        (
+            ["--config=connlimit.toml"],
+            "[services.echoes] tac echoes.tac wants the uid 65534: run twistd with --uid 65534",
+        ),
+        (["--listen=tcp:0", "--forward=tcp:h:1", "--skip=tcp:0"], "--skip needs a plugin or --tac"),
+        (
+            ["--skip=tcp:7", "web", "--listen=tcp:0"],
+            "--skip must say where something listens (tcp:0), not 'tcp:7'",
+        ),
+    ],
+)
+def test_an_application_that_cannot_be_limited_gets_one_sentence(
+    echo: Path, arguments: list[str], words: str
+) -> None:
+    (echo / "connlimit.toml").write_text(FILE)
+    files = {
+        "echoes": TAC.replace("UID", "65534"),
+        "empty": "",
+        "failing": "raise RuntimeError('not today,\\nnor tomorrow')",
+        "wrong": "application =",
+        "ending": "raise SystemExit(5)",
+        "number": "application = 5",
+        "idle": "from twisted.application.service import Application\napplication = Application('idle')",
+    }
+    for name, text in files.items():
+        (echo / f"{name}.tac").write_text(text)
+    arguments = [each.replace("{echo}", str(echo)) for each in arguments]
+    if "--config=connlimit.toml" not in arguments:
+        arguments.insert(0, "--max-connections=1")
+    assert words in failing("connlimit", *arguments, cwd=echo)
+
+
 def test_a_plugin_with_nothing_that_listens_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(CannotStart, match="stand-in has no service that listens"):
         with_plugin(monkeypatch, MultiService())
@@ -578,9 +695,3 @@ def test_every_listening_factory_of_a_plugin_is_limited_by_the_same_limiter(
     assert len({factory.limiter for factory in limited}) == 1
     assert limited[0].limiter.max_connections == 3
     assert (tcp.args[0], tcp.args[2], tcp.kwargs) == (0, 7, {"interface": "127.0.0.1"})
-
-
-def test_a_single_service_is_limited_too() -> None:
-    service = TCPServer(0, RecordingFactory())
-    assert limit_service(service, Limiter(1)) == 1
-    assert isinstance(service.args[1], LimitingFactory)

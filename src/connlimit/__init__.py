@@ -5,8 +5,9 @@ A connection limiter for any Twisted server: so many are served at once, the oth
 from connlimit._factory import LimitingFactory
 from connlimit._limiter import Limiter, Snapshot
 from connlimit._log import ConnectionLog, LimiterLog
+from connlimit._place import limit_reactor
 from connlimit._proxied import AfterHeader
-from connlimit._service import LimitedService, LimitingEndpoint
+from connlimit._service import LimitedService, LimitingEndpoint, limit_service
 from connlimit._version import __version__
 
 __all__ = [
@@ -19,4 +20,6 @@ __all__ = [
     "LimitingFactory",
     "Snapshot",
     "__version__",
+    "limit_reactor",
+    "limit_service",
 ]

@@ -69,13 +69,20 @@ class WatchedEndpoint:
         return self.endpoint.listen(protocolFactory).addCallback(self._watch)
 
     def _watch(self, port: Any) -> Any:
-        if hasattr(port, "socket"):
-            self.limiter.run_in(port.reactor)
-            if self.when_full == "stop-accepting" and IReadDescriptor.providedBy(port):
-                self.limiter.add_port(_StoppingPort(self.limiter, port))
-            else:
-                self.limiter.add_port(_Port(port))
-        return port
+        return watched(port, self.limiter, self.when_full)
+
+
+def watched(port: Any, limiter: Limiter, when_full: str) -> Any:
+    """
+    The port, which its limiter knows from now on.
+    """
+    if hasattr(port, "socket"):
+        limiter.run_in(port.reactor)
+        if when_full == "stop-accepting" and IReadDescriptor.providedBy(port):
+            limiter.add_port(_StoppingPort(limiter, port))
+        else:
+            limiter.add_port(_Port(port))
+    return port
 
 
 @implementer(IPort)

@@ -35,6 +35,8 @@ class ServiceConfig:
     :ivar relay: how the relay to it treats its connections.
     :ivar factory: MODULE:NAME of a factory, or of a callable that returns one.
     :ivar plugin: a twistd plugin's name and its arguments.
+    :ivar tac: the path of a ``.tac`` file, whose application is run.
+    :ivar skip: what of a plugin or an application is left without limits, by the endpoints it listens at.
     :ivar when_full: what its ports do when its limiter is full, ``refuse`` or ``stop-accepting``.
     """
 
@@ -46,6 +48,8 @@ class ServiceConfig:
     plugin: tuple[str, ...] = ()
     when_full: str = "refuse"
     relay: RelayOptions = RelayOptions()
+    tac: str | None = None
+    skip: tuple[str, ...] = ()
 
 
 @attrs.frozen
@@ -102,7 +106,7 @@ class Config:
                 if service.forward
                 else f"serves with {service.factory}"
                 if service.factory
-                else f"runs {' '.join(service.plugin)}"
+                else f"runs {service.tac or ' '.join(service.plugin)}"
             )
             where = f"listens at {', '.join(service.listen)}, " if service.listen else ""
             lines.append(f"service {service.name}: {where}{does}, behind limiter {service.limiter}")
@@ -239,20 +243,22 @@ class _Reader:
         )
         if limiter is None and "limiter" not in table:
             self._wrong(where, "limiter", f"the name of a limiter ({names})", None)
-        given = [key for key in ("forward", "factory", "plugin") if key in table]
+        tac = self._value(where, table, "tac", "the path of a .tac file", _text, None)
+        skip = self._value(where, table, "skip", "an endpoint such as 'tcp:8081', or several", _texts, ())
+        given = [key for key in ("forward", "factory", "plugin", "tac") if key in table]
         if len(given) != 1:
             self._errors.append(
-                f"{self._file}: [{where}] needs one of forward, factory and plugin, "
+                f"{self._file}: [{where}] needs one of forward, factory, plugin and tac, "
                 f"not {' and '.join(given) or 'none'}"
             )
-        elif bool(listen) == bool(plugin) and len(self._errors) == before:
-            what = (
-                "must be left out with plugin, which listens by its own arguments" if plugin else "is missing"
-            )
+        elif bool(listen) == bool(plugin or tac) and len(self._errors) == before:
+            what = f"must be left out with {given[0]}, which listens by itself" if listen else "is missing"
             self._errors.append(f"{self._file}: [{where}] listen {what}")
+        elif skip and not (plugin or tac):
+            self._errors.append(f"{self._file}: [{where}] skip must be left out without plugin or tac")
         if len(self._errors) > before:
             return None
-        return ServiceConfig(name, limiter, listen, forward, factory, plugin, when_full, relay)
+        return ServiceConfig(name, limiter, listen, forward, factory, plugin, when_full, relay, tac, skip)
 
     def _relay(self, where: str, table: Mapping[str, Any], forward: str | None) -> RelayOptions:
         given = {name: table[name] for name in RELAY_FIELDS if name in table}

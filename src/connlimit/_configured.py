@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from twisted.application.service import IService
+from twisted.application.service import IProcess, IService
 from twisted.internet.defer import Deferred, DeferredLock, ensureDeferred, succeed
 from twisted.internet.error import CannotListenError
 from twisted.internet.interfaces import IDelayedCall
@@ -25,7 +25,8 @@ from connlimit._inherited import NotOpened
 from connlimit._limiter import Limiter
 from connlimit._program import Program
 from connlimit._role import Alone
-from connlimit._serving import import_factory, limit_service, made_plugin, plugin_options
+from connlimit._service import limit_service, to_limit
+from connlimit._serving import import_factory, load_application, made_plugin, plugin_options
 from connlimit._settings import FIELDS, Settings
 from connlimit._sharing import close, shared_limits
 from connlimit._toml import ConfigError, source
@@ -90,24 +91,49 @@ def _parts(service: ServiceConfig, reactor: Any, twistd: usage.Options | None, i
     elif service.factory is not None:
         factory = found(import_factory, service.factory, "factory")
     else:
-        name, *arguments = service.plugin
-        options = found(plugin_options, name, arguments, twistd)
-        make = partial(_limited, name, options, service.when_full)
-        if options is not None and not is_running:
-            plugin = found(made_plugin, name, options, service.when_full, "when_full")
-            make = partial(_limited, name, options, service.when_full, plugin)
+        options = None
+        if service.plugin:
+            options = found(plugin_options, service.plugin[0], list(service.plugin[1:]), twistd)
+        make = partial(_limited, service, options, twistd, None)
+        if not errors and not is_running:
+            make = partial(_limited, service, options, twistd, found(_made, service, options, twistd))
     if errors:
         raise ConfigError(errors)
     return Parts(service, endpoints, factory, make)
 
 
+def _made(service: ServiceConfig, options: usage.Options | None, twistd: usage.Options | None) -> IService:
+    """
+    The service of a plugin or of an application, which can be limited.
+
+    :raises ValueError: if it cannot be made, or cannot be limited.
+    """
+    if service.tac is None:
+        assert options is not None
+        return made_plugin(service.plugin[0], options, service.when_full, service.skip)
+    application = load_application(service.tac, "tac")
+    to_limit(application, service.when_full, service.skip, service.tac)
+    process = IProcess(application, None)
+    for name in ("uid", "gid"):
+        wanted = getattr(process, name, None)
+        if wanted is not None and twistd is not None and twistd.get(name, wanted) is None:
+            raise ValueError(
+                f"tac {service.tac} wants the {name} {wanted}: run twistd with --{name} {wanted}"
+            )
+    return IService(application)
+
+
 def _limited(
-    name: str, options: usage.Options, when_full: str, plugin: IService | None, limiter: Limiter
+    service: ServiceConfig,
+    options: usage.Options | None,
+    twistd: usage.Options | None,
+    made: IService | None,
+    limiter: Limiter,
 ) -> IService:
-    if plugin is None:
-        plugin = made_plugin(name, options, when_full, "when_full")
-    limit_service(plugin, limiter, when_full)
-    return plugin
+    if made is None:
+        made = _made(service, options, twistd)
+    limit_service(made, limiter, service.when_full, service.skip)
+    return made
 
 
 class _Page:
@@ -516,6 +542,6 @@ def _must_restart(unit: ServiceUnit, parts: Parts, limiters: dict[str, Limiter])
     return (
         unit.limiter is not limiters[new.limiter]
         or old.when_full != new.when_full
-        or old.plugin != new.plugin
+        or (old.plugin, old.tac, old.skip) != (new.plugin, new.tac, new.skip)
         or (isinstance(unit, PluginUnit) and bool(unit.stale()))
     )

@@ -77,7 +77,9 @@ class ProgramOptions(usage.Options):
         elif option in ours:
             hint = f"it must stand before {self.subCommand}"
         else:
-            theirs = [each.rstrip("=") for each in self.subOptions.longOpt]
+            theirs = [
+                each.rstrip("=") for each in getattr(self.subOptions, "options", self.subOptions).longOpt
+            ]
             hint = did_you_mean(option, theirs, lambda name: f"--{name}")
         return f"{sentence}; {hint}" if hint else sentence
 

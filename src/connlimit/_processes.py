@@ -34,7 +34,7 @@ from connlimit._limiter import Limiter
 from connlimit._log_pipe import of_line
 from connlimit._pooled import PooledLimiter
 from connlimit._role import Alone
-from connlimit._serving import listening_services
+from connlimit._service import listening_services
 
 if TYPE_CHECKING:
     from connlimit._program import Program

@@ -1,17 +1,21 @@
 """
-Listening behind a limiter: as an endpoint, and as a service that drains when it is stopped.
+Listening behind a limiter: as an endpoint, as a service that drains when it is stopped, and as any service.
 """
 
 from __future__ import annotations
 
 import math
+import os
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from twisted.application.internet import StreamServerEndpointService
+from twisted.application.internet import SSLServer, StreamServerEndpointService, TCPServer, UNIXServer
+from twisted.application.service import IService, IServiceCollection
 from twisted.internet.defer import Deferred, ensureDeferred
 from twisted.internet.interfaces import IListeningPort, IProtocolFactory, IStreamServerEndpoint
 
-from connlimit._accepting import WatchedEndpoint
+from connlimit._accepting import WatchedEndpoint, check_when_full
+from connlimit._endpoints import Where, place_of, server_endpoint
 from connlimit._factory import LimitingFactory
 from connlimit._limiter import Limiter
 
@@ -96,3 +100,111 @@ class LimitedService(StreamServerEndpointService):
         limiter = self.factory.limiter
         if self.drain_timeout is not None:
             await limiter.wait_for(limiter.active_for(self.factory), self.drain_timeout)
+
+
+def limit_service(
+    service: Any, limiter: Limiter, when_full: str = "refuse", skip: Iterable[str] = ()
+) -> list[IService]:
+    """
+    Put a limiter before every factory that listens in a tree of services, whoever made them.
+
+    :param service: a service that was not started yet, or an application.
+    :param limiter: the limiter; all of them share it.
+    :param when_full: see `LimitingEndpoint`.
+    :param skip: where not to: endpoint strings such as ``tcp:8081``, which stands for any interface.
+    :return: the services that are limited now.
+    :raises ValueError: if nothing is left to limit, it listens already, nothing listens at one of *skip*,
+        or if *when_full* asks too much of what listens without an endpoint; nothing has changed then.
+    """
+    found = to_limit(service, when_full, skip)
+    for each in found:
+        _limit(each, limiter, when_full)
+    return found
+
+
+def to_limit(
+    service: Any,
+    when_full: str,
+    skip: Iterable[str],
+    called: str = "this",
+    spell: Callable[[str], str] = str,
+) -> list[Any]:
+    """
+    The services that `limit_service` limits.
+
+    :param called: what the whole is called.
+    :param spell: how the user spells *when_full* and *skip*.
+    :raises ValueError: as `limit_service` does.
+    """
+    check_when_full(when_full, spell("when_full"))
+    found = list(listening_services(IService(service)))
+    if not found:
+        raise ValueError(f"{called} has no service that listens, so there is nothing to limit")
+    for description in skip:
+        found = _without(found, description, spell("skip"))
+    if not found:
+        raise ValueError(f"{spell('skip')} leaves nothing of {called} to limit")
+    for each in found:
+        if each.running:
+            raise ValueError(f"{each} listens already; it must be limited before it is started")
+        if when_full != "refuse" and not isinstance(each, StreamServerEndpointService):
+            raise ValueError(
+                f"{spell('when_full')} must be refuse, not {when_full}, for {called}, "
+                "which listens without endpoints"
+            )
+    return found
+
+
+def listening_services(service: IService) -> Iterator[Any]:
+    """
+    The services that listen, in a tree of services.
+    """
+    if isinstance(service, (StreamServerEndpointService, TCPServer, SSLServer, UNIXServer)):
+        yield service
+    for each in IServiceCollection(service, ()):
+        yield from listening_services(each)
+
+
+def _without(services: list[Any], description: str, name: str) -> list[Any]:
+    """
+    Those services that do not listen where the description says.
+    """
+    from twisted.internet import reactor
+
+    skipped = place_of(server_endpoint(reactor, description, name))
+    places = [_place(each) for each in services]
+    left = [
+        each for each, place in zip(services, places, strict=True) if skipped is None or place not in skipped
+    ]
+    if len(left) == len(services):
+        where = ", ".join(str(place) for place in places if place is not None) or "nowhere that can be told"
+        raise ValueError(f"{name} must say where something listens ({where}), not {description!r}")
+    return left
+
+
+def _place(service: Any) -> Where | None:
+    """
+    Where a service listens, as far as that can be told.
+    """
+    if isinstance(service, StreamServerEndpointService):
+        return place_of(service.endpoint)
+    # They keep the arguments of listenTCP and its like.
+    where, interface = service.args[0], service.kwargs.get("interface")
+    if isinstance(service, UNIXServer):
+        return Where("unix", os.path.abspath(where))
+    at = 4 if isinstance(service, SSLServer) else 3
+    return Where("tcp", where, interface or (service.args[at] if len(service.args) > at else ""))
+
+
+def _limit(service: Any, limiter: Limiter, when_full: str) -> None:
+    if isinstance(service, StreamServerEndpointService):
+        # If it cannot listen it does not start, as one of strports.service.
+        service._raiseSynchronously = True
+        service.factory = LimitingFactory(service.factory, limiter)
+        service.endpoint = WatchedEndpoint(service.endpoint, limiter, when_full)
+    # The factory is the second of the arguments of listenTCP and its like.
+    elif "factory" in service.kwargs:
+        service.kwargs["factory"] = LimitingFactory(service.kwargs["factory"], limiter)
+    else:
+        where, factory, *rest = service.args
+        service.args = (where, LimitingFactory(factory, limiter), *rest)

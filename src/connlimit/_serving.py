@@ -1,5 +1,5 @@
 """
-What can be limited, by its name: factories, and other twistd plugins.
+What can be limited, by its name: factories, other twistd plugins, and the applications of files.
 """
 
 from __future__ import annotations
@@ -7,20 +7,26 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from twisted.application.internet import SSLServer, StreamServerEndpointService, TCPServer, UNIXServer
-from twisted.application.service import IService, IServiceCollection, IServiceMaker
+from twisted.application.service import IService, IServiceMaker, loadApplication
 from twisted.internet.interfaces import IProtocolFactory
 from twisted.plugin import getPlugins
 from twisted.python import usage
 from twisted.python.reflect import namedAny
 
-from connlimit._accepting import WatchedEndpoint
-from connlimit._factory import LimitingFactory
 from connlimit._limiter import Limiter
+from connlimit._service import limit_service, to_limit
+
+
+def look_where_the_user_stands() -> None:
+    """
+    Let modules be found in the current directory, as python -m does; twistd alone does not.
+    """
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
 
 
 def import_factory(name: str, option: str = "--factory") -> IProtocolFactory:
@@ -32,21 +38,46 @@ def import_factory(name: str, option: str = "--factory") -> IProtocolFactory:
     module, _, attribute = name.partition(":")
     if not module or not attribute:
         raise ValueError(f"{option} must be MODULE:NAME, such as mypackage.server:factory, not {name!r}")
-    # Where the user stands, as for python -m; twistd alone does not look there.
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
+    look_where_the_user_stands()
     try:
         importlib.import_module(module)
         found = namedAny(f"{module}.{attribute}")
         if not IProtocolFactory.providedBy(found) and callable(found):
             found = found()
     except Exception as error:
-        raise ValueError(f"{option} {name} failed: {type(error).__name__}: {error}") from None
+        raise ValueError(f"{option} {name} failed: {_reason(error)}") from None
     if not IProtocolFactory.providedBy(found):
         raise ValueError(
             f"{option} must name a factory, or a callable that returns one; {name} gave {found!r}"
         )
     return found
+
+
+def load_application(file: str, option: str = "--tac") -> Any:
+    """
+    The application of a ``.tac`` file.
+
+    :raises ValueError: if there is none.
+    """
+    look_where_the_user_stands()
+    try:
+        application = loadApplication(file, "python")
+        IService(application)
+    except OSError as error:
+        raise ValueError(f"{option} {file} cannot be read: {error.strerror}") from None
+    except (Exception, SystemExit) as error:
+        is_missing = isinstance(error, KeyError) and error.args == ("application",)
+        what = "it has no application" if is_missing else _reason(error)
+        raise ValueError(f"{option} {file} failed: {what}") from None
+    return application
+
+
+def _reason(error: BaseException) -> str:
+    """
+    What an error says in one line; its name as well, if it alone says little.
+    """
+    text = " ".join(str(error).split())
+    return text if isinstance(error, (ValueError, usage.UsageError)) else f"{type(error).__name__}: {text}"
 
 
 def plugins() -> list[Any]:
@@ -97,48 +128,45 @@ def as_if_alone(name: str, options: usage.Options, twistd: usage.Options | None)
 
 
 def made_plugin(
-    name: str, options: usage.Options, when_full: str = "refuse", setting: str = "--when-full"
+    name: str,
+    options: usage.Options,
+    when_full: str,
+    skip: Iterable[str] = (),
+    spell: Callable[[str], str] = str,
 ) -> IService:
     """
     The service of a plugin, which `limit_service` can limit.
 
-    :param setting: what *when_full* is called where it was given.
+    :param skip: see `limit_service`.
+    :param spell: how the user spells *when_full* and *skip*.
     :raises ValueError: if it cannot be made, or cannot be limited.
     """
     try:
         with as_if_alone(name, options, options.parent):
             service: IService = _plugin(name).makeService(options)
-        listening = list(listening_services(service))
     except (Exception, SystemExit) as error:
         raise ValueError(f"{name} cannot be made with these options: {_reason(error)}") from None
-    if not listening:
-        raise ValueError(f"{name} has no service that listens, so there is nothing to limit")
-    if when_full != "refuse" and not all(isinstance(each, StreamServerEndpointService) for each in listening):
-        raise ValueError(
-            f"{setting} must be refuse, not {when_full}, for {name}, which listens without endpoints"
-        )
+    to_limit(service, when_full, skip, name, spell)
     return service
 
 
-def _reason(error: BaseException) -> str:
-    """
-    What an error says; its name as well, if it alone says little.
-    """
-    return (
-        str(error)
-        if isinstance(error, (ValueError, usage.UsageError))
-        else f"{type(error).__name__}: {error}"
-    )
-
-
-def limited_plugin(name: str, options: usage.Options, limiter: Limiter, when_full: str) -> IService:
+def limited_plugin(
+    name: str,
+    options: usage.Options,
+    limiter: Limiter,
+    when_full: str,
+    skip: Iterable[str] = (),
+    spell: Callable[[str], str] = str,
+) -> IService:
     """
     The service of a plugin, the limiter before all that listens in it.
 
+    :param skip: see `limit_service`.
+    :param spell: how the user spells *when_full* and *skip*.
     :raises ValueError: if it cannot be made, or nothing in it can be limited.
     """
-    service = made_plugin(name, options, when_full)
-    limit_service(service, limiter, when_full)
+    service = made_plugin(name, options, when_full, skip, spell)
+    limit_service(service, limiter, when_full, skip)
     return service
 
 
@@ -147,41 +175,3 @@ def _plugin(name: str) -> Any:
         if plugin.tapname == name:
             return plugin
     raise ValueError(f"there is no twistd plugin {name}")
-
-
-def limit_service(service: IService, limiter: Limiter, when_full: str = "refuse") -> int:
-    """
-    Put the limiter before every factory that listens in a tree of services.
-
-    :return: how many were found.
-    """
-    found = 0
-    for each in listening_services(service):
-        _limit(each, limiter, when_full)
-        found += 1
-    return found
-
-
-def listening_services(service: IService) -> Iterator[Any]:
-    """
-    The services that listen, in a tree of services.
-    """
-    if isinstance(service, (StreamServerEndpointService, TCPServer, SSLServer, UNIXServer)):
-        yield service
-    for each in IServiceCollection(service, ()):
-        yield from listening_services(each)
-
-
-def _limit(service: Any, limiter: Limiter, when_full: str) -> None:
-    if isinstance(service, StreamServerEndpointService):
-        # If it cannot listen it does not start, as one of strports.service.
-        service._raiseSynchronously = True
-        service.factory = LimitingFactory(service.factory, limiter)
-        service.endpoint = WatchedEndpoint(service.endpoint, limiter, when_full)
-    else:
-        # They keep the arguments of listenTCP and its like; the factory is the second.
-        if "factory" in service.kwargs:
-            service.kwargs["factory"] = LimitingFactory(service.kwargs["factory"], limiter)
-        else:
-            where, factory, *rest = service.args
-            service.args = (where, LimitingFactory(factory, limiter), *rest)

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from twisted.application.service import IProcess, IService
 from twisted.python import usage
 
 from connlimit import _demonstration
@@ -17,13 +18,14 @@ from connlimit._config import MOST_PROCESSES, WORKER_TIMEOUT, read
 from connlimit._configured import ConfiguredProgram, check
 from connlimit._endpoints import client_endpoint, server_endpoint
 from connlimit._forward import RelayFactory
+from connlimit._limiter import Limiter
 from connlimit._options import ProgramOptions
 from connlimit._processes import Parent
 from connlimit._program import CannotStart, Program
 from connlimit._relay_options import RELAY_FIELDS, RelayOptions, relay_options
 from connlimit._role import Alone
-from connlimit._service import LimitedService
-from connlimit._serving import as_if_alone, import_factory, limited_plugin, plugins
+from connlimit._service import LimitedService, limit_service, to_limit
+from connlimit._serving import as_if_alone, import_factory, limited_plugin, load_application, plugins
 from connlimit._settings import FIELDS, Settings, check_limits, parse
 from connlimit._sharing import read_url, shared_limits
 from connlimit._toml import ConfigError, source
@@ -67,12 +69,13 @@ class Options(ProgramOptions):
 
     synopsis = (
         "[limits] [--listen ENDPOINT]... [--forward ENDPOINT | --factory MODULE:NAME]"
-        "  or  [limits] PLUGIN [its options]"
+        "  or  [limits] --tac FILE  or  [limits] PLUGIN [its options]"
     )
     longdesc = (
         "Serves so many connections at once and lets the others wait in line, paused. What is limited: "
-        "another server (--forward), a factory (--factory), or any other twistd plugin, named after the "
-        "limits, with options of its own. With nothing to limit, a slow web page shows how it works."
+        "another server (--forward), a factory (--factory), an application (--tac), or any other twistd "
+        "plugin, named after the limits, with options of its own. With nothing to limit, a slow web page "
+        "shows how it works."
     )
     optParameters = [
         [name.replace("_", "-"), None, None, f"{field.metadata['help']} [{field.metadata['unit'] or 'text'}]"]
@@ -129,6 +132,12 @@ class Options(ProgramOptions):
             "how long one of several processes may be without an answer to its parent before it is killed and"
             " started again [seconds]",
         ],
+        [
+            "tac",
+            None,
+            None,
+            "run the application of this .tac file, the limits before all that listens in it",
+        ],
         ["factory", None, None, "serve with this factory, or what this callable returns, as MODULE:NAME"],
     ]
 
@@ -152,6 +161,13 @@ class Options(ProgramOptions):
         """
         super().__init__()
         self["text"] = text
+
+    def opt_skip(self, description: str) -> None:
+        """
+        of a plugin or --tac, leave without limits what listens here, such as tcp:8081; can be given several
+        times
+        """
+        self.setdefault("skip", []).append(description)
 
     def postOptions(self) -> None:
         """
@@ -181,7 +197,7 @@ class Options(ProgramOptions):
         except ValueError as error:
             raise usage.UsageError(str(error)) from None
 
-        targets = [f"--{name}" for name in ("forward", "factory") if self[name] is not None]
+        targets = [f"--{name}" for name in ("forward", "factory", "tac") if self[name] is not None]
         if self.subCommand:
             targets.append(self.subCommand)
             if self["listen"]:
@@ -200,6 +216,11 @@ class Options(ProgramOptions):
                 self["listen"] = [_demonstration.LISTEN]
                 if self["status"] is None:
                     self["status"] = _demonstration.STATUS
+        elif self["tac"] is not None:
+            if self["listen"]:
+                raise usage.UsageError(
+                    "--listen must be left out with --tac: the application listens by itself"
+                )
         elif not self.subCommand and not self["listen"]:
             raise usage.UsageError(f"{targets[0]} needs --listen, such as --listen tcp:8080")
 
@@ -215,6 +236,11 @@ class Options(ProgramOptions):
             self["status-endpoint"] = (
                 None if self["status"] is None else server_endpoint(reactor, self["status"], "--status")
             )
+            if self["tac"] is not None:
+                self["application"] = load_application(self["tac"])
+                to_limit(self["application"], self["when-full"], self.get("skip", ()), self["tac"], _spell)
+            elif self.get("skip") and not self.subCommand:
+                raise ValueError("--skip needs a plugin or --tac, of which something is to be left out")
             if targets:
                 shared = {} if self["shared"] is None else {"shared": self["shared"]}
                 check_limits(given | shared, _spell, "--max-connections none")
@@ -238,8 +264,9 @@ class Options(ProgramOptions):
             for name in self.defaults
             if self[name] != self.defaults[name] and name not in _WITH_CONFIG
         ]
-        if self["listen"]:
-            others.append("--listen")
+        for name in ("listen", "skip"):
+            if self.get(name):
+                others.append(f"--{name}")
         if self.subCommand:
             others.append(self.subCommand)
         if others:
@@ -284,9 +311,9 @@ def makeService(options: Options, role: Alone | None = None) -> Program:
     program = Program(options["drain"], bool(options["log-connections"]), role)
     program.add_limiter(limiter)
     where = options["status-endpoint"]
-    if options.subCommand:
+    if options.subCommand or options["tac"] is not None:
         try:
-            inner = limited_plugin(options.subCommand, options.subOptions, limiter, options["when-full"])
+            inner = _limited(options, limiter)
         except ValueError as error:
             raise CannotStart(f"connlimit: {error}") from None
         role.plugin(inner).setServiceParent(program)
@@ -305,3 +332,22 @@ def makeService(options: Options, role: Alone | None = None) -> Program:
     if where is not None and role.shows:
         program.status = status_service(where, role.watched(program))
     return program
+
+
+def _limited(options: Options, limiter: Limiter) -> IService:
+    """
+    The service of the plugin or of the application that the options name, behind the limiter.
+
+    :raises ValueError: if it cannot be made, or nothing in it can be limited.
+    """
+    when_full, skip = options["when-full"], options.get("skip", ())
+    if options.subCommand:
+        return limited_plugin(options.subCommand, options.subOptions, limiter, when_full, skip, _spell)
+    application = options["application"]
+    limit_service(application, limiter, when_full, skip)
+    # twistd looks for these in an application that it has made itself.
+    process, twistd = IProcess(application, None), options.parent
+    for name in ("uid", "gid"):
+        if process is not None and twistd is not None and name in twistd and twistd[name] is None:
+            twistd[name] = getattr(process, name)
+    return IService(application)

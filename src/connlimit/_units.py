@@ -161,7 +161,7 @@ class ServiceUnit:
 
 class PluginUnit(ServiceUnit):
     """
-    The service of a plugin: it listens by its own arguments.
+    The service of a plugin or an application: it listens by itself.
     """
 
     def __init__(self, parts: Parts, limiter: Limiter, role: Alone) -> None:
@@ -173,7 +173,7 @@ class PluginUnit(ServiceUnit):
         """
         See `Unit.wanted`.
         """
-        return [self.config.plugin[0]]
+        return [self.config.tac or self.config.plugin[0]]
 
     def open(self, piece: str) -> None:
         """
