@@ -19,6 +19,7 @@ from twisted.python import usage
 import connlimit
 from connlimit import Limiter
 from connlimit._config import Config, ServiceConfig, StatusConfig
+from connlimit._kinds import KINDS
 from connlimit._settings import FIELDS
 from connlimit._tap import Options
 from connlimit._toml import document
@@ -145,6 +146,23 @@ class HouseDirective(SphinxDirective):
         return self.parse_text_to_nodes("\n".join(lines))
 
 
+class KindsDirective(SphinxDirective):
+    """
+    The kinds of protocols that answer.
+    """
+
+    def run(self) -> list[nodes.Node]:
+        lines = [".. list-table::", "   :header-rows: 1", "   :widths: 25 55 20", ""]
+        rows = [("Protocols", "Classes, and all that are made of them", "``refusal``")]
+        for kind in KINDS:
+            texts = [", ".join(f"``{name}``" for name in names) for names in (kind.classes, kind.refusals)]
+            rows.append((kind.name, *texts))
+        for row in rows:
+            for index, cell in enumerate(row):
+                lines.append(f"   {'*' if index == 0 else ' '} - {cell}")
+        return self.parse_text_to_nodes("\n".join(lines))
+
+
 class ConformanceDirective(SphinxDirective):
     """
     The rows of the conformance table, as the tests have them.
@@ -191,6 +209,7 @@ def setup(app: Sphinx) -> dict[str, bool]:
     app.add_directive("file-keys", FileKeysDirective)
     app.add_directive("log-events", LogEventsDirective)
     app.add_directive("house", HouseDirective)
+    app.add_directive("kinds-table", KindsDirective)
     app.add_directive("conformance-table", ConformanceDirective)
     app.add_directive("metrics-table", MetricsDirective)
     return {"parallel_read_safe": True}

@@ -181,6 +181,11 @@ class Looks:
             self._timer.cancel()
             self._timer = None
 
+    def look_again(self, descriptor: int, watched: Watched) -> None:
+        """
+        See `Departures.look_again`: each is looked at again in any case.
+        """
+
     def _look(self) -> None:
         self._timer = self._reactor.callLater(_LOOK_INTERVAL, self._look)
         for descriptor, watched in list(self._watched.items()):
@@ -256,6 +261,13 @@ class Departures:
         if not self._count:
             self._reactor.removeReader(self)
 
+    def look_again(self, descriptor: int, watched: Watched) -> None:
+        """
+        What *watched* says of a client that has closed its direction may have changed. Never raises.
+        """
+        if not self._only_looks and descriptor in self._heard and self._watched[descriptor] is watched:
+            self._tell(descriptor, watched, False)
+
     def doRead(self) -> None:
         """
         Something has happened to some of the sockets. Never raises: the reactor would not call again.
@@ -266,7 +278,7 @@ class Departures:
                 self._reactor.removeReader(self)
                 self._look_at_all()
             else:
-                self._tell()
+                self._tell_all()
         except BaseException:
             self._log.failure("{departures} failed, and looks at each from now on", departures=self)
             with suppress(Exception):
@@ -274,7 +286,7 @@ class Departures:
             self.disown()
             self._look_at_all()
 
-    def _tell(self) -> None:
+    def _tell_all(self) -> None:
         ended = list(self._kernel.ended())
         # All that the kernel reports is watched, unless somebody else has the same socket open.
         is_stale = any(self._watched[descriptor] is None for descriptor, _ in ended)
@@ -282,19 +294,26 @@ class Departures:
             watched = self._watched[descriptor]
             if watched is None:
                 continue
-            try:
-                if not self._kernel.has_ended(descriptor):
-                    is_stale = True
-                elif for_good or watched.departs_with(_sockets.unread(descriptor)):
-                    watched.client_departed()
-                elif descriptor not in self._heard:
-                    self._heard.add(descriptor)
-                    self._kernel.heard(descriptor)
-            except BaseException:  # as the reactor does, which would go on without us
-                self._log.failure("{watched} failed to depart", watched=watched)
-                self.unwatch(descriptor, watched)
+            if self._kernel.has_ended(descriptor):
+                self._tell(descriptor, watched, for_good)
+            else:
+                is_stale = True
         if is_stale:
             self._begin_anew()
+
+    def _tell(self, descriptor: int, watched: Watched, for_good: bool) -> None:
+        """
+        Tell of the end of one. Never raises.
+        """
+        try:
+            if for_good or watched.departs_with(_sockets.unread(descriptor)):
+                watched.client_departed()
+            elif descriptor not in self._heard:
+                self._heard.add(descriptor)
+                self._kernel.heard(descriptor)
+        except BaseException:  # as the reactor does, which would go on without us
+            self._log.failure("{watched} failed to depart", watched=watched)
+            self.unwatch(descriptor, watched)
 
     def _begin_anew(self) -> None:
         """

@@ -18,7 +18,7 @@ from twisted.internet.interfaces import (
 from twisted.logger import Logger
 from zope.interface import alsoProvides, implementer, providedBy
 
-from connlimit import _refusing
+from connlimit import _kinds, _refusing
 from connlimit._limiter import Limiter
 from connlimit._protocol import ArrivingProtocol, DelegatingProtocol, WaitingProtocol, class_for
 from connlimit._system.bounded_log import BoundedLog
@@ -45,6 +45,8 @@ class LimitingFactory:
     _last_provided: object
     _last_class: type[DelegatingProtocol]
     _ports: int
+    _has_built: bool
+    _answers: bool | None
 
     def __init__(self, wrappedFactory: IProtocolFactory, limiter: Limiter) -> None:
         """
@@ -61,6 +63,9 @@ class LimitingFactory:
         self._last_provided = None
         self._last_class = DelegatingProtocol
         self._ports = 0
+        self._has_built = False
+        # Whether its protocols are of a kind that answers, if that is known.
+        self._answers = None
         # If that has not been imported yet, there is no such factory.
         tls = sys.modules.get("twisted.protocols.tls")
         self.is_tls = tls is not None and isinstance(wrappedFactory, tls.TLSMemoryBIOFactory)
@@ -145,7 +150,7 @@ class LimitingFactory:
         address = connection.address
         if limiter.serve_at_once(connection):
             try:
-                protocol: IProtocol | None = self.wrappedFactory.buildProtocol(address)
+                protocol = self.build(address)
             except Exception:
                 self.connection_log.failure(
                     "{factory} failed to build a protocol", factory=self.wrappedFactory
@@ -156,6 +161,40 @@ class LimitingFactory:
             return protocol
         reason = limiter.may_wait(connection)
         return WaitingProtocol(connection) if reason is None else self.build_refusal(address, reason)
+
+    def build(self, address: IAddress) -> IProtocol | None:
+        """
+        The real protocol of a connection, or None.
+        """
+        protocol: IProtocol | None = self.wrappedFactory.buildProtocol(address)
+        if not self._has_built and protocol is not None:
+            self._has_built = True
+            self._learn_from(protocol)
+        return protocol
+
+    def departs_on_half_close(self) -> bool:
+        """
+        Whether a waiting client that has sent something and then closed its direction has departed.
+        """
+        settings = self.limiter.settings
+        if not isinstance(settings.departed_on_half_close, str):
+            return settings.departed_on_half_close
+        if self._answers is None and not self._has_built:
+            self._answers = _kinds.factory_answers(self.wrappedFactory)
+        return _kinds.refusal_answers(settings.refusal) if self._answers is None else self._answers
+
+    def _learn_from(self, protocol: IProtocol) -> None:
+        """
+        Find out whether the first protocol is of a kind that answers. If that changes what those who wait
+        are taken for, looks at the whole line.
+        """
+        before = self.departs_on_half_close()
+        answers = _kinds.protocol_answers(protocol)
+        if answers is not None:
+            self._answers = answers
+        if self.departs_on_half_close() and not before:
+            for connection in self.limiter.waiting_for(self):
+                connection.reconsider()
 
     def build_refusal(self, address: IAddress, reason: str) -> IProtocol | None:
         """

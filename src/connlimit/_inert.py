@@ -33,6 +33,8 @@ class Inert:
 
     def notify(self, data: bytes) -> None: ...
 
+    def reconsider(self) -> None: ...
+
     def is_dead(self) -> bool:
         return False
 

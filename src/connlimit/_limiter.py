@@ -492,6 +492,9 @@ class Limiter:
             self._switch_log()
         if "exempt" in changes and self._is_exempt is not None:
             self._serve_exempt_waiting()
+        if _OF_DEPARTURES & changes.keys():
+            for connection in list(self._line):
+                connection.reconsider()
         self._may_have_room()
 
     def _expect_notice(self, everybody: bool) -> None:
@@ -1259,6 +1262,7 @@ _MOST_NAMED = 100
 #: The settings that change the order of the line, the limits, and the timers.
 _OF_THE_LINE = {"order", "peer_prefix", "adaptive_target", "adaptive_interval"}
 _OF_THE_LIMITS = {"max_connections", "max_per_peer", "peer_prefix", "max_rate", "max_burst", "dry_run"}
+_OF_DEPARTURES = {"departed_on_half_close", "refusal"}
 _OF_THE_TIMERS = {"wait_timeout", "notice", "order", "adaptive_target", "adaptive_interval"}
 
 #: The key of a connection of which a limit has failed to tell it, or failed altogether.

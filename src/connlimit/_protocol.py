@@ -184,7 +184,7 @@ class DelegatingProtocol:  # type: ignore[misc]  # connectionMade is for makeCon
         waiting: WaitingProtocol = self.wrappedProtocol
         waiting.stop_watching()
         try:
-            protocol: Any = self.factory.wrappedFactory.buildProtocol(self.address)
+            protocol: Any = self.factory.build(self.address)
             if not self._put_in_place(protocol):
                 return
             self.take_names(WaitingProtocol)
@@ -282,6 +282,13 @@ class DelegatingProtocol:  # type: ignore[misc]  # connectionMade is for makeCon
         For how many seconds the socket has moved no byte; None if the kernel does not tell.
         """
         return None if self.closing else _sockets.idle(self.transport)
+
+    def reconsider(self) -> None:
+        """
+        A setting has changed that decides whether the client has departed.
+        """
+        if isinstance(self.wrappedProtocol, WaitingProtocol):
+            self.wrappedProtocol.reconsider()
 
     def is_dead(self) -> bool:
         """
@@ -413,7 +420,14 @@ class WaitingProtocol:  # type: ignore[misc]  # connectionMade is for makeConnec
         had to say. TLS cannot even shake hands with such a client.
         """
         connection = self.connection
-        return not unread or connection.is_tls or connection.factory.limiter.settings.departed_on_half_close
+        return not unread or connection.is_tls or connection.factory.departs_on_half_close()
+
+    def reconsider(self) -> None:
+        """
+        What `departs_with` says may have changed.
+        """
+        if self._departures is not None:
+            self._departures.look_again(self._descriptor, self)
 
     def client_departed(self) -> None:
         """

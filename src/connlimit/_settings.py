@@ -155,6 +155,16 @@ def _parse_flag(text: str) -> bool:
     return {"yes": True, "true": True, "on": True, "no": False, "false": False, "off": False}[text.lower()]
 
 
+def _auto(value: Any) -> bool | str:
+    if isinstance(value, str) and value != "auto":
+        raise ValueError
+    return value if isinstance(value, str) else _flag(value)
+
+
+def _parse_auto(text: str) -> bool | str:
+    return "auto" if text.lower() == "auto" else _parse_flag(text)
+
+
 def _name(value: Any) -> str:
     if not isinstance(value, str):
         raise TypeError
@@ -256,6 +266,7 @@ _SECONDS_OR_NONE = _Kind(
 )
 _RATE = _with_none("a number above 0", _number(int, float, fits=_above_zero))
 _FLAG = _Kind("True or False", "yes or no, true or false", _flag, _parse_flag)
+_AUTO = _Kind("'auto', True or False", "auto, yes or no", _auto, _parse_auto)
 _PREFIX = _Kind(
     "the prefix lengths of IPv4, 0 to 32, and IPv6, 0 to 128, such as (32, 64)",
     "the prefix lengths of IPv4, 0 to 32, and IPv6, 0 to 128, such as 32,64",
@@ -336,8 +347,12 @@ class Settings:
     adaptive_interval: float = _setting(
         10.0, _SECONDS, "seconds", "order adaptive: for how long it may be too long before that is overload"
     )
-    departed_on_half_close: bool = _setting(
-        False, _FLAG, "", "whether a waiting client that closes its direction, having sent data, has departed"
+    departed_on_half_close: bool | str = _setting(
+        "auto",
+        _AUTO,
+        "",
+        "whether a waiting client that closes its direction, having sent data, has departed; auto: yes where"
+        " the protocol is of a kind that answers, such as HTTP",
     )
     notice: tuple[float, Any] | None = _setting(
         None, _NOTICE, "seconds, text", "what a waiting client is told once, after so many seconds"

@@ -50,6 +50,11 @@ class IConnection(Interface):
         It waits, and its client is told something. Never raises.
         """
 
+    def reconsider() -> None:
+        """
+        It waits, and a setting has changed that decides whether its client has departed. Never raises.
+        """
+
     def idle() -> float | None:
         """
         For how many seconds it has moved no byte; None if that cannot be told, or it is being closed.
