@@ -18,7 +18,8 @@ from twisted.internet.endpoints import serverFromString
 from twisted.internet.interfaces import ISSLTransport
 from twisted.internet.threads import deferToThread
 
-from connlimit import Limiter, LimitingEndpoint, _proxied
+from connlimit import Limiter, LimitingEndpoint
+from connlimit._listening import proxy_header
 from connlimit.interfaces import IConnection
 from connlimit.observers import LimiterObserver
 
@@ -34,7 +35,7 @@ def inner(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         asked.append(description)
         return description
 
-    monkeypatch.setattr(_proxied, "serverFromString", record)
+    monkeypatch.setattr(proxy_header, "serverFromString", record)
     return asked
 
 

@@ -4,20 +4,20 @@ A connection limiter for any Twisted server: so many are served at once, the oth
 
 from connlimit._factory import LimitingFactory
 from connlimit._limiter import Limiter, Snapshot
+from connlimit._listening.proxy_header import ProxyHeaderEndpoint
 from connlimit._log import ConnectionLog, LimiterLog
 from connlimit._place import limit_reactor
-from connlimit._proxied import AfterHeader
 from connlimit._service import LimitedService, LimitingEndpoint, limit_service
 from connlimit._version import __version__
 
 __all__ = [
-    "AfterHeader",
     "ConnectionLog",
     "LimitedService",
     "Limiter",
     "LimiterLog",
     "LimitingEndpoint",
     "LimitingFactory",
+    "ProxyHeaderEndpoint",
     "Snapshot",
     "__version__",
     "limit_reactor",

@@ -14,8 +14,8 @@ from twisted.internet.endpoints import quoteStringArgument, serverFromString
 from connlimit._accepting import check_when_full
 from connlimit._endpoints import check_endpoint, why
 from connlimit._limiter import Limiter
+from connlimit._listening.proxy_header import server_from_string
 from connlimit._place import LimitingReactor, SocketLimitingEndpoint
-from connlimit._proxied import server_from_string
 from connlimit._service import LimitingEndpoint
 from connlimit._settings import FIELDS, Settings, check_limits, did_you_mean, either, parse, shown
 from connlimit._sharing import shared_limits

@@ -20,7 +20,7 @@ from twisted.internet.interfaces import (
 )
 from twisted.plugin import getPlugins
 
-from connlimit._proxied import server_from_string
+from connlimit._listening.proxy_header import server_from_string
 from connlimit._settings import did_you_mean
 
 # More than any kernel holds: it takes its own maximum (somaxconn) instead.

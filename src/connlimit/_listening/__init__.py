@@ -1,0 +1,3 @@
+"""
+Where connections come from.
+"""

@@ -1,0 +1,272 @@
+"""
+Endpoints behind a load balancer: a connection begins when its PROXY header has told whose it is.
+
+In Twisted's own ``haproxy:`` endpoint the factory is asked for a protocol before that, and is given the
+balancer's address; a limiter would take all clients for one peer.
+
+Until then a connection is known here alone. It has ten seconds from its beginning, however much of the header
+comes in the meantime, and all of them have a share of the descriptors. Over that share, whoever has waited
+longest for the rest of its header makes room: a balancer sends headers at once, so that is somebody else.
+"""
+
+from __future__ import annotations
+
+from ipaddress import ip_address
+from typing import Any
+
+import attrs
+from twisted.internet.address import IPv4Address, IPv6Address
+from twisted.internet.defer import Deferred
+from twisted.internet.endpoints import serverFromString
+from twisted.internet.interfaces import (
+    IAddress,
+    IDelayedCall,
+    IListeningPort,
+    IProtocolFactory,
+    IStreamServerEndpoint,
+)
+from twisted.internet.protocol import Factory, Protocol, connectionDone
+from twisted.logger import Logger
+from twisted.python.failure import Failure
+from zope.interface import implementer
+
+from connlimit import _descriptors, _sockets
+from connlimit._peers import peer_key
+from connlimit._system.bounded_log import BoundedLog
+
+#: Seconds within which the header must have come.
+HEADER_TIMEOUT = 10.0
+
+_PREFIX = "haproxy:"
+
+
+def server_from_string(reactor: Any, description: str) -> IStreamServerEndpoint:
+    """
+    What Twisted's function of that name returns, so that a factory is given the clients' own addresses.
+    """
+    endpoint: IStreamServerEndpoint = serverFromString(reactor, description)
+    if description.lower().startswith(_PREFIX):
+        return ProxyHeaderEndpoint(endpoint, reactor)
+    return endpoint
+
+
+@implementer(IStreamServerEndpoint)
+@attrs.frozen
+class ProxyHeaderEndpoint:
+    """
+    An endpoint that expects PROXY headers, and asks a factory for a protocol when the header has come.
+
+    :ivar endpoint: one that Twisted's ``haproxy:`` or ``proxyEndpoint`` has made.
+    :ivar clock: times those whose header does not come.
+    """
+
+    endpoint: IStreamServerEndpoint
+    clock: Any
+
+    def listen(self, protocolFactory: IProtocolFactory) -> Deferred[IListeningPort]:
+        """
+        Listen on the endpoint.
+        """
+        return self.endpoint.listen(_HeaderFactory(protocolFactory, self.clock))
+
+
+def awaited() -> int:
+    """
+    How many connections there are in this process whose header has not come yet.
+    """
+    return len(_awaited.all)
+
+
+class _HeaderFactory(Factory):
+    """
+    Stands for another factory until the header has come.
+    """
+
+    noisy = False
+
+    def __init__(self, wrappedFactory: IProtocolFactory, clock: Any) -> None:
+        self.wrappedFactory = wrappedFactory
+        self.clock = clock
+        self.log = BoundedLog(Logger(), clock)
+
+    def buildProtocol(self, addr: IAddress | None) -> Any:
+        return _AwaitHeader(self)
+
+    def logPrefix(self) -> str:
+        return getattr(self.wrappedFactory, "logPrefix", self.wrappedFactory.__class__.__name__.__str__)()
+
+    def doStart(self) -> None:
+        self.wrappedFactory.doStart()
+
+    def doStop(self) -> None:
+        self.wrappedFactory.doStop()
+
+
+class _AwaitHeader(Protocol):
+    """
+    Waits for the header, and lets the real protocol take its place.
+    """
+
+    factory: _HeaderFactory
+    # Any: Twisted's wrapper that reads the header, for which there is no public name.
+    transport: Any
+
+    def __init__(self, factory: _HeaderFactory) -> None:
+        self.factory = factory
+        self._timer: IDelayedCall | None = None
+        self._has_come = False
+
+    def connectionMade(self) -> None:
+        # A header that is followed by nothing is not told of, so each delivery is followed by an empty one,
+        # which reaches us when there is no header to wait for any more.
+        self._read_header = self.transport.dataReceived
+        self.transport.dataReceived = self._deliver
+        if not _awaited.add(self, _balancer(self.transport.getPeer())):
+            self._close("{peer} is closed: too many are sending PROXY headers already")
+            return
+        self._timer = self.factory.clock.callLater(HEADER_TIMEOUT, self._give_up)
+
+    def _deliver(self, data: bytes) -> None:
+        transport = self.transport
+        try:
+            self._read_header(data)
+            if not self._has_come and not transport.disconnecting:
+                self._read_header(b"")
+        except Exception:
+            if self._has_come:
+                raise
+            # Twisted's parser does not expect everything that a client can send.
+            transport.loseConnection()
+        if not self._has_come and transport.disconnecting:
+            self._over()
+            self._log("{peer} is closed: what it sent is no PROXY header")
+
+    def dataReceived(self, data: bytes) -> None:
+        transport = self.transport
+        if not _is_address(transport.getPeer()):
+            transport.loseConnection()
+            return
+        self._has_come = True
+        self._over()
+        del transport.dataReceived
+        protocol = self.factory.wrappedFactory.buildProtocol(transport.getPeer())
+        if protocol is None:
+            transport.loseConnection()
+            return
+        transport.wrappedProtocol = protocol
+        protocol.makeConnection(transport)
+        if data:
+            transport.wrappedProtocol.dataReceived(data)
+
+    def connectionLost(self, reason: Failure = connectionDone) -> None:
+        self._over()
+
+    def has_unread(self) -> bool:
+        """
+        Whether something has come that is not read yet.
+        """
+        sock = _sockets.socket_of(self.transport)
+        return sock is not None and _sockets.unread(sock.fileno())
+
+    def make_room(self) -> None:
+        """
+        End, since the header has not come and others need the place.
+        """
+        self._close("{peer} is closed: its PROXY header has not come, and others need its place")
+
+    def _give_up(self) -> None:
+        self._timer = None
+        self._close("{peer} is closed: its PROXY header did not come")
+
+    def _close(self, why: str) -> None:
+        self._over()
+        self._log(why)
+        self.transport.abortConnection()
+
+    def _log(self, what: str) -> None:
+        self.factory.log.info(what, peer=self.transport.getPeer())
+
+    def _over(self) -> None:
+        """
+        Nothing is waited for any more.
+        """
+        _awaited.discard(self)
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+
+class _Awaited:
+    """
+    The connections of this process whose header has not come yet, in the order in which they came.
+
+    :ivar all: all of them, and of which balancer each is.
+    """
+
+    def __init__(self) -> None:
+        self.all: dict[_AwaitHeader, Any] = {}
+        self._of: dict[Any, dict[_AwaitHeader, None]] = {}
+
+    def add(self, connection: _AwaitHeader, balancer: Any) -> bool:
+        """
+        Let a new connection wait for its header, if need be in the place of another.
+
+        :return: whether it may.
+        """
+        sock = _sockets.socket_of(connection.transport)
+        if sock is not None and sock.fileno() >= _descriptors.reserve_begins:
+            _descriptors.saw(sock.fileno())
+        if not _descriptors.HEADERS.has_room() and not self._make_room(balancer):
+            return False
+        self.all[connection] = balancer
+        self._of.setdefault(balancer, {})[connection] = None
+        _descriptors.HEADERS.taken += 1
+        return True
+
+    def discard(self, connection: _AwaitHeader) -> None:
+        """
+        A connection does not wait any more.
+        """
+        if connection in self.all:
+            balancer = self.all.pop(connection)
+            of = self._of[balancer]
+            del of[connection]
+            if not of:
+                del self._of[balancer]
+            _descriptors.HEADERS.taken -= 1
+
+    def _make_room(self, balancer: Any) -> bool:
+        """
+        Let the oldest make room, or the two oldest if there are too many: of the same balancer, if half of
+        them are its own.
+
+        Many can be accepted before the first of them is read. So whatever has come is read first, as long as
+        there are descriptors for those who wait, too.
+        """
+        for _ in range(2):
+            own = self._of.get(balancer, {})
+            oldest = next(iter(own if 2 * len(own) >= len(self.all) else self.all), None)
+            if oldest is None or oldest.has_unread():
+                return _descriptors.left_for_waiting()
+            oldest.make_room()
+            if _descriptors.HEADERS.has_room():
+                break
+        return True
+
+
+_awaited = _Awaited()
+
+_balancer = peer_key((32, 64))
+
+
+def _is_address(address: Any) -> bool:
+    """
+    Whether an address that a header names is one: Twisted takes any words for it.
+    """
+    if not isinstance(address, (IPv4Address, IPv6Address)):
+        return True
+    try:
+        ip_address(address.host)
+    except ValueError:
+        return False
+    return 0 <= address.port <= 65535
