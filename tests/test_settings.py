@@ -46,7 +46,7 @@ VALUES: dict[str, tuple[object, str, list[object], list[str]]] = {
     "exempt": (
         exempt_or_none(["127.0.0.0/8", "::1"]),
         "127.0.0.0/8, ::1",
-        ["127.0.0.1", ["127.0.0.1/33"], ["host"], 5],
+        ["127.0.0.1", ["127.0.0.1/33"], ["host"], 5, [5]],
         ["host", "127.0.0.1/8", "127.0.0.0/8,localhost", "", ","],
     ),
     "refusal": (refusals.HTTP, "http", ["htpp", "say ", 5, None], ["htpp", "say", "say ", ""]),

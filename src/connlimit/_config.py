@@ -153,15 +153,14 @@ class _Reader:
                 "worker_timeout",
             ],
         )
-        limiters = {
-            name: self._limiter(name, table) for name, table in self._tables(known, "limiters").items()
-        }
+        tables = self._tables(known, "limiters")
+        limiters = {name: self._limiter(name, table) for name, table in tables.items()}
         if not limiters and not self._errors:
             self._wrong("", "limiters", "at least one table, such as [limiters.web]", None)
         right = "the URL of a Redis, such as 'redis://localhost'"
         shared = {
             name: self._value(f"limiters.{name}", table, "shared", right, _text, "")
-            for name, table in self._tables(known, "limiters").items()
+            for name, table in tables.items()
             if "shared" in table
         }
         services = {

@@ -66,7 +66,7 @@ def client_endpoint(reactor: Any, description: str, name: str = "--forward") -> 
 
 
 def _wrong(name: str, description: str, example: str, error: Exception, parsers: Any) -> ValueError:
-    kinds = [each.prefix for each in getPlugins(parsers)]
+    kinds = ["tcp", "unix", "ssl", *(each.prefix for each in getPlugins(parsers))]
     question = (
         "" if description.partition(":")[0] in kinds else did_you_mean(description.partition(":")[0], kinds)
     )
@@ -155,9 +155,9 @@ def _check_interface(interface: Any) -> None:
             raise ValueError(f"the interface must be an address of this machine, not {interface!r}") from None
 
 
-def why(error: Exception) -> str:
+def why(error: BaseException) -> str:
     """
-    What is wrong with an endpoint string, in words that say nothing of Python.
+    What is wrong with an endpoint string or the like, in words that say nothing of Python.
     """
     text = str(error)
     for pattern, words in _WORDS:

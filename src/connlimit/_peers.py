@@ -168,5 +168,8 @@ def exempt_or_none(value: Iterable[str] | Callable[[IAddress], bool] | None) -> 
         return value
     if isinstance(value, str):
         raise TypeError
-    networks = tuple(ip_network(each) for each in value or ())
+    given = tuple(value or ())
+    if not all(isinstance(each, (str, IPv4Network, IPv6Network)) for each in given):
+        raise TypeError  # a number would be an address
+    networks = tuple(map(ip_network, given))
     return Networks(networks) if networks else None

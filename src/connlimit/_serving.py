@@ -17,6 +17,7 @@ from twisted.plugin import getPlugins
 from twisted.python import usage
 from twisted.python.reflect import namedAny
 
+from connlimit._endpoints import why
 from connlimit._limiter import Limiter
 from connlimit._service import limit_service, to_limit
 
@@ -48,7 +49,7 @@ def import_factory(name: str, option: str = "--factory") -> IProtocolFactory:
         raise ValueError(f"{option} {name} failed: {_reason(error)}") from None
     if not IProtocolFactory.providedBy(found):
         raise ValueError(
-            f"{option} must name a factory, or a callable that returns one; {name} gave {found!r}"
+            f"{option} must name a factory, or what returns one when it is called; {name} gave {found!r}"
         )
     return found
 
@@ -76,8 +77,7 @@ def _reason(error: BaseException) -> str:
     """
     What an error says in one line; its name as well, if it alone says little.
     """
-    text = " ".join(str(error).split())
-    return text if isinstance(error, (ValueError, usage.UsageError)) else f"{type(error).__name__}: {text}"
+    return " ".join((str(error) if isinstance(error, usage.UsageError) else why(error)).split())
 
 
 def plugins() -> list[Any]:
