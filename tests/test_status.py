@@ -19,13 +19,20 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from support import ECHO, PATIENCE, Program, free_port, page_until, require_program, running
+from fakes import RecordingFactory
+from pytest_twisted import ensureDeferred
+from sockets import connected, listening, until
+from support import ECHO, PATIENCE, Program, failing, free_port, page_until, require_program, running
+from twisted.internet import reactor
 from twisted.internet.address import IPv4Address, IPv6Address, UNIXAddress
 from twisted.internet.defer import Deferred
+from twisted.internet.endpoints import serverFromString
+from twisted.internet.error import CannotListenError
 from twisted.internet.task import Clock
 
-from connlimit import Limiter, top
-from connlimit.status import _html
+from connlimit import Limiter, __version__, top
+from connlimit._endpoints import status_endpoint
+from connlimit.status import _html, _serve, serve
 from connlimit.status._service import StatusService
 from connlimit.status._watch import Watch
 
@@ -287,7 +294,11 @@ def test_metrics_are_right_by_their_own_parser_and_by_promtool(server: Server) -
         "connlimit_backlog",
         "connlimit_descriptors",
         "connlimit_reactor_lag_seconds",
+        "connlimit_build_info",
     } <= names
+    assert f'connlimit_build_info{{version="{__version__}"}} 1.0' in text
+    assert json.loads(server.ask("/status.json")[2])["version"] == __version__
+    assert f'<th scope="row">connlimit</th><td>{__version__}</td>' in server.ask("/")[2]
     done = subprocess.run(
         [require_program("promtool"), "check", "metrics"], input=text, capture_output=True, text=True
     )
@@ -324,6 +335,121 @@ def test_names_cannot_command_the_terminal() -> None:
     facts = Watch(limiter).facts()
     state = {"limiters": [facts], "descriptors": {"open": 1, "limit": 2}, "reactor_lag": 0.0}
     assert "\x1b" not in "\n".join(top.lines(state))
+
+
+def test_another_name_is_answered_if_it_is_given_and_numbers_are_for_any(tmp_path: Path) -> None:
+    (tmp_path / "echoes.py").write_text(ECHO)
+    command = ["--listen=tcp:0:interface=127.0.0.1", "--status=tcp:0", "--status-host=Status.example"]
+    command += ["--status-host", "other.example", "--factory=echoes:factory", "--max-connections=2"]
+    with running("connlimit", *command, cwd=tmp_path) as program:
+        program.wait_for("2 served at once")
+        server = Server(program)
+        for name, expected in (("status.example:80", 200), ("other.example", 200), ("evil.example", 421)):
+            assert server.ask("/status.json", Host=name)[0] == expected
+            assert server.ask("/health", Host=name)[0] == 200
+            assert server.ask("/metrics", Host=name)[0] == 200
+
+
+def test_a_name_without_a_page_is_refused() -> None:
+    assert "--status-host needs --status" in failing("connlimit", "--listen=tcp:0", "--status-host=a.example")
+
+
+def test_the_page_listens_on_loopback_unless_it_is_told_otherwise() -> None:
+    for string, interface in (
+        ("tcp:8081", "127.0.0.1"),
+        ("tcp:8081:backlog=5", "127.0.0.1"),
+        ("tcp:8081:interface=0.0.0.0", "0.0.0.0"),
+        ("tcp:8081:192.0.2.1", "192.0.2.1"),
+    ):
+        assert status_endpoint(None, string)._interface == interface
+    assert status_endpoint(None, "unix:/run/status")._address == "/run/status"
+    with pytest.raises(ValueError, match=r"--status must be an endpoint such as tcp:8080, not 'tcp:70000' "):
+        status_endpoint(None, "tcp:70000")
+
+
+def is_free(port: int) -> bool:
+    """
+    Whether nobody listens on this port.
+    """
+    try:
+        socket.create_server(("127.0.0.1", port)).close()
+    except OSError:
+        return False
+    return True
+
+
+async def ask(port: object, path: str = "/status.json") -> dict[str, object]:
+    """
+    What a page answers to a client of this process's reactor.
+    """
+    client = await connected(f"tcp:127.0.0.1:{port.getHost().port}")
+    client.transport.write(f"GET {path} HTTP/1.0\r\nHost: localhost\r\n\r\n".encode())
+    await client.is_closed()
+    return json.loads(client.received.partition(b"\r\n\r\n")[2])
+
+
+@ensureDeferred
+async def test_in_code_all_limiters_that_something_stands_behind_are_shown() -> None:
+    unused = Limiter(7, name="unused")
+    limiter, same = Limiter(3, name="one"), Limiter(4, name="one")
+    async with listening(limiter) as (_, where), listening(same):
+        port = await serve("tcp:0")
+        assert port.getHost().host == "127.0.0.1"
+        client = await connected(where)
+        await until(lambda: limiter.active)
+        shown = {each["name"]: each for each in (await ask(port))["limiters"]}
+        assert {"one", "one (2)"} <= shown.keys()
+        assert (shown["one"]["active"], shown["one (2)"]["max_connections"]) == (1, 4)
+        assert unused.name not in shown
+        await client.close()
+        await port.stopListening()
+        await port.stopListening()
+
+
+@ensureDeferred
+async def test_in_code_a_port_in_use_fails_and_leaves_nothing() -> None:
+    port = await serve("tcp:0")
+    with pytest.raises(CannotListenError):
+        await serve(f"tcp:{port.getHost().port}")
+    with pytest.raises(ValueError, match="where must be an endpoint such as tcp:8080, not 'tpc:8081'"):
+        serve("tpc:8081")
+    await port.stopListening()
+
+
+@ensureDeferred
+async def test_endpoint_strings_share_a_page_as_long_as_they_listen() -> None:
+    status = free_port()
+    first = "connlimit:tcp:0:interface=127.0.0.1:max_connections=3:limiter=first"
+    strings = (f"{first}:status=tcp\\:{status}", f"connlimit:tcp:0:max_connections=4:status=tcp\\:{status}")
+    ports = [await serverFromString(reactor, string).listen(RecordingFactory()) for string in strings]
+    (page,) = (page for where, page in _serve._pages.items() if where == f"tcp:{status}")
+    names = {each["name"] for each in (await ask(page._page))["limiters"]}
+    assert {"first", "tcp:0"} <= names
+    await ports[0].stopListening()
+    await until(lambda: page._ports == ports[1:])
+    assert _serve._pages == {f"tcp:{status}": page}
+    await ports[1].stopListening()
+    await until(lambda: not _serve._pages and is_free(status))
+
+
+@ensureDeferred
+async def test_an_endpoint_string_whose_page_cannot_be_is_told_so() -> None:
+    with pytest.raises(ValueError, match="connlimit endpoint: status must be an endpoint such as tcp:8080"):
+        serverFromString(reactor, "connlimit:tcp:0:max_connections=3:status=tpc\\:8081")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        string = f"connlimit:tcp:0:max_connections=3:status=tcp\\:{taken.getsockname()[1]}"
+        with pytest.raises(CannotListenError, match="Address already in use"):
+            await serverFromString(reactor, string).listen(RecordingFactory())
+    assert not _serve._pages
+
+
+@ensureDeferred
+async def test_a_page_ends_if_nothing_listens_after_it() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        where = f"tcp:{taken.getsockname()[1]}:interface=127.0.0.1:max_connections=3"
+        with pytest.raises(CannotListenError):
+            await serverFromString(reactor, f"connlimit:{where}:status=tcp\\:0").listen(RecordingFactory())
+    await until(lambda: not _serve._pages)
 
 
 class Limited:

@@ -186,7 +186,7 @@ class MetricsDirective(SphinxDirective):
         lines = [".. list-table::", "   :header-rows: 1", "   :widths: 40 15 45", ""]
         rows = [("Metric", "Type", "Means")]
         for family in LimiterCollector([watch], 0.0).collect():
-            name = f"{family.name}_total" if family.type == "counter" else family.name
+            name = family.name + {"counter": "_total", "info": "_info"}.get(family.type, "")
             labels = ", ".join(
                 sorted({label for sample in family.samples for label in sample.labels} - {"le"})
             )

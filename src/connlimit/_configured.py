@@ -19,7 +19,7 @@ from twisted.python import usage
 
 from connlimit import _systemd
 from connlimit._config import Config, ServiceConfig, StatusConfig, read
-from connlimit._endpoints import client_endpoint, server_endpoint
+from connlimit._endpoints import client_endpoint, server_endpoint, status_endpoint
 from connlimit._forward import RelayFactory
 from connlimit._inherited import NotOpened
 from connlimit._limiter import Limiter
@@ -60,7 +60,7 @@ def check(
             errors += [f"{path}: [services.{name}] {each}" for each in error.errors]
     if config.status is not None:
         try:
-            server_endpoint(reactor, config.status.listen, "listen")
+            status_endpoint(reactor, config.status.listen, "listen")
         except ValueError as error:
             errors.append(f"{path}: [status] {error}")
     for name, url in config.shared.items():
@@ -166,7 +166,7 @@ class _Page:
         """
         program, config = self._program, self._config
         if config is not None:
-            endpoint = server_endpoint(program.reactor, config.listen)
+            endpoint = status_endpoint(program.reactor, config.listen)
             watched = program.role.watched(program)
             self._service = status_service(endpoint, watched, config.show_peers, config.hosts)
             program.status = self._service

@@ -12,7 +12,7 @@ from weakref import WeakValueDictionary
 from twisted.internet.endpoints import quoteStringArgument, serverFromString
 
 from connlimit._accepting import check_when_full
-from connlimit._endpoints import check_endpoint, why
+from connlimit._endpoints import check_endpoint, status_endpoint, why
 from connlimit._limiter import Limiter
 from connlimit._listening.proxy_header import server_from_string
 from connlimit._place import LimitingReactor, SocketLimitingEndpoint
@@ -24,7 +24,7 @@ from connlimit._sharing import shared_limits
 _SETTINGS = tuple(name for name in FIELDS if name != "name")
 
 # All that is ours in a string.
-_OURS = (*_SETTINGS, "limiter", "place", "when_full", "shared")
+_OURS = (*_SETTINGS, "limiter", "place", "when_full", "shared", "status")
 
 # An argument that is as near as this to one of ours is a slip, whatever the inner endpoint would make of it.
 _SLIP = 0.85
@@ -56,12 +56,22 @@ def from_arguments(
         if place not in _PLACES:
             raise ValueError(f"place must be {either(_PLACES)}, not {place!r}")
         check_when_full(when_full)
-        limiter = _limiter(reactor, ours)
+        status = ours.pop("status", None)
+        if status is not None:
+            status_endpoint(reactor, status, "status")  # whether it can be made
         description = _describe(positional, inner)
+        limiter = _limiter(reactor, ours, ":".join(map(str, positional[:2])))
         if place == "socket":
             limiting = LimitingReactor(reactor, limiter)
-            return SocketLimitingEndpoint(_inner(limiting, description), limiter, when_full)
-        return LimitingEndpoint(_inner(reactor, description), limiter, when_full)
+            endpoint = _inner(limiting, description)
+        else:
+            endpoint = _inner(reactor, description)
+        if status is not None:
+            from connlimit.status._serve import ShownEndpoint
+
+            endpoint = ShownEndpoint(endpoint, status, reactor)
+        make = SocketLimitingEndpoint if place == "socket" else LimitingEndpoint
+        return make(endpoint, limiter, when_full)
     except ValueError as error:
         raise ValueError(f"connlimit endpoint: {error}") from None
 
@@ -97,11 +107,13 @@ def _quote(argument: str) -> str:
     return quoted.replace("=", r"\=")
 
 
-def _limiter(reactor: Any, ours: dict[str, str]) -> Limiter:
+def _limiter(reactor: Any, ours: dict[str, str], where: str) -> Limiter:
     """
     A limiter of its own, or the one that is named.
 
     The first string that names it sets it up; others may repeat its settings.
+
+    :param where: the endpoint that it stands before, which is its name if it gets no other.
     """
     name, shared = ours.pop("limiter", None), ours.pop("shared", None)
     values = parse(ours)
@@ -115,8 +127,7 @@ def _limiter(reactor: Any, ours: dict[str, str]) -> Limiter:
                 )
         return existing
     check_limits(ours if shared is None else {**ours, "shared": shared}, str, "max_connections=none")
-    if name is not None:
-        values["name"] = name
+    values["name"] = (where or "default") if name is None else name
     settings = Settings().evolve(values)
     limiter = Limiter(**values, limits=shared_limits(shared, settings), clock=reactor)
     if name is not None:

@@ -49,6 +49,19 @@ def server_endpoint(reactor: Any, description: str, name: str = "--listen") -> A
     return endpoint
 
 
+def status_endpoint(reactor: Any, description: str, name: str = "--status") -> Any:
+    """
+    The endpoint of a status page: on loopback, unless the description gives an interface, or can give none.
+
+    :param name: what the description is called where it was given.
+    :raises ValueError: if the description describes none, or one that cannot be.
+    """
+    if "interface=" not in description:
+        with suppress(Exception):  # whatever is wrong is found and told without the interface
+            return server_endpoint(reactor, f"{description}:interface=127.0.0.1", name)
+    return server_endpoint(reactor, description, name)
+
+
 def client_endpoint(reactor: Any, description: str, name: str = "--forward") -> Any:
     """
     The endpoint of a server to relay to.

@@ -18,7 +18,7 @@ from twisted.internet.interfaces import (
 from twisted.logger import Logger
 from zope.interface import alsoProvides, implementer, providedBy
 
-from connlimit import _kinds, _refusing
+from connlimit import _in_use, _kinds, _refusing
 from connlimit._limiter import Limiter
 from connlimit._protocol import ArrivingProtocol, DelegatingProtocol, WaitingProtocol, class_for
 from connlimit._system.bounded_log import BoundedLog
@@ -59,6 +59,7 @@ class LimitingFactory:
         self.connection_log = BoundedLog(Logger())
         self.wrappedFactory = wrappedFactory
         self.limiter = limiter
+        _in_use.use(limiter)
         limiter.budget.expect(wrappedFactory)
         self._last_provided = None
         self._last_class = DelegatingProtocol

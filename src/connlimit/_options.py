@@ -29,12 +29,19 @@ class ProgramOptions(usage.Options):
     def __init__(self) -> None:
         super().__init__()
         self["listen"] = []
+        self["status-host"] = []
 
     def opt_listen(self, description: str) -> None:
         """
         listen at this server endpoint, such as tcp:8080; can be given several times
         """
         self["listen"].append(description)
+
+    def opt_status_host(self, name: str) -> None:
+        """
+        let browsers ask for the status page by this host name, too; can be given several times
+        """
+        self["status-host"].append(name)
 
     def opt_version(self) -> None:
         """

@@ -16,7 +16,7 @@ from connlimit import _demonstration
 from connlimit._accepting import check_when_full
 from connlimit._config import MOST_PROCESSES, WORKER_TIMEOUT, read
 from connlimit._configured import ConfiguredProgram, check
-from connlimit._endpoints import client_endpoint, server_endpoint
+from connlimit._endpoints import client_endpoint, server_endpoint, status_endpoint
 from connlimit._forward import RelayFactory
 from connlimit._limiter import Limiter
 from connlimit._options import ProgramOptions
@@ -116,7 +116,8 @@ class Options(ProgramOptions):
             "status",
             None,
             None,
-            "show a status page at this server endpoint, such as tcp:8081:interface=127.0.0.1",
+            "show a status page at this server endpoint, such as tcp:8081; on loopback unless that gives an"
+            " interface",
         ],
         ["config", None, None, "take everything from this TOML file; SIGHUP reads it again"],
         [
@@ -226,6 +227,8 @@ class Options(ProgramOptions):
 
         from twisted.internet import reactor
 
+        if self["status-host"] and self["status"] is None:
+            raise usage.UsageError("--status-host needs --status, such as --status tcp:8081")
         try:
             self["endpoints"] = [server_endpoint(reactor, each) for each in self["listen"]]
             if self["forward"] is not None:
@@ -234,7 +237,7 @@ class Options(ProgramOptions):
             if self["factory"] is not None:
                 self["served"] = import_factory(self["factory"])
             self["status-endpoint"] = (
-                None if self["status"] is None else server_endpoint(reactor, self["status"], "--status")
+                None if self["status"] is None else status_endpoint(reactor, self["status"])
             )
             if self["tac"] is not None:
                 self["application"] = load_application(self["tac"])
@@ -264,7 +267,7 @@ class Options(ProgramOptions):
             for name in self.defaults
             if self[name] != self.defaults[name] and name not in _WITH_CONFIG
         ]
-        for name in ("listen", "skip"):
+        for name in ("listen", "skip", "status-host"):
             if self.get(name):
                 others.append(f"--{name}")
         if self.subCommand:
@@ -330,7 +333,7 @@ def makeService(options: Options, role: Alone | None = None) -> Program:
                 program
             )
     if where is not None and role.shows:
-        program.status = status_service(where, role.watched(program))
+        program.status = status_service(where, role.watched(program), hosts=options["status-host"])
     return program
 
 

@@ -16,11 +16,13 @@ from prometheus_client.core import (
     CounterMetricFamily,
     GaugeMetricFamily,
     HistogramMetricFamily,
+    InfoMetricFamily,
     Metric,
 )
 from prometheus_client.registry import Collector
 
 from connlimit import _descriptors
+from connlimit._version import __version__
 from connlimit.status._watch import BUCKETS
 
 if TYPE_CHECKING:
@@ -51,7 +53,8 @@ class LimiterCollector(Collector):
         """
         See `prometheus_client.registry.Collector.collect`.
         """
-        snapshots = [(watch.limiter.name, watch.limiter.snapshot()) for watch in self._watches]
+        snapshots = [(watch.name, watch.limiter.snapshot()) for watch in self._watches]
+        yield InfoMetricFamily("connlimit_build", "What serves these metrics.", {"version": __version__})
         gauge = GaugeMetricFamily("connlimit_connections", "Connections now.", labels=["limiter", "state"])
         for name, now in snapshots:
             for state, value in (("active", now.active), ("waiting", now.waiting), ("exempt", now.exempt)):
@@ -103,7 +106,7 @@ class LimiterCollector(Collector):
         for watch in self._watches:
             bounds = [*(str(float(bound)) for bound in BUCKETS), "+Inf"]
             buckets = list(zip(bounds, accumulate(watch.counts), strict=True))
-            histogram.add_metric([watch.limiter.name], buckets, watch.total)
+            histogram.add_metric([watch.name], buckets, watch.total)
         return histogram
 
     def _process(self) -> Iterator[Metric]:

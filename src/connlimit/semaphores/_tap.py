@@ -10,7 +10,7 @@ from typing import Any
 from twisted.python import usage
 
 from connlimit import _descriptors
-from connlimit._endpoints import server_endpoint
+from connlimit._endpoints import server_endpoint, status_endpoint
 from connlimit._options import ProgramOptions
 from connlimit._program import CannotStart, Program
 from connlimit._sharing import renamed
@@ -61,7 +61,12 @@ class Options(ProgramOptions):
             "30",
             "how long requests may still wait for their locks when the program is stopped [seconds]",
         ],
-        ["status", None, None, "show a status page at this endpoint, such as tcp:8081:interface=127.0.0.1"],
+        [
+            "status",
+            None,
+            None,
+            "show a status page at this endpoint, such as tcp:8081; on loopback unless it gives an interface",
+        ],
     ]
 
     def postOptions(self) -> None:
@@ -70,6 +75,8 @@ class Options(ProgramOptions):
         """
         from twisted.internet import reactor
 
+        if self["status-host"] and not self["status"]:
+            raise usage.UsageError("--status-host needs --status, such as --status tcp:8081")
         for name in ("grace", "drain-timeout"):
             self[f"{name}-seconds"] = self.time(name)
         self["most-peers"] = self.count("max-peers")
@@ -80,9 +87,7 @@ class Options(ProgramOptions):
         try:
             self["semaphores"] = read(self["path"]) if is_named or self["path"].exists() else None
             self["endpoints"] = [server_endpoint(reactor, each) for each in self["listen"] or [_LISTEN]]
-            self["status-endpoint"] = (
-                server_endpoint(reactor, self["status"], "--status") if self["status"] else None
-            )
+            self["status-endpoint"] = status_endpoint(reactor, self["status"]) if self["status"] else None
             self["kept"] = _store(self["store"], State(), reactor)
         except ConfigError as error:
             raise CannotStart("\n".join(f"connlimit-semaphores: {each}" for each in error.errors)) from None
@@ -128,5 +133,5 @@ def makeService(options: Options) -> Program:
     if config is None:
         program.hints = (f"{options['path']}: there is no such file, so there are no semaphores",)
     if options["status-endpoint"] is not None:
-        program.status = status_service(options["status-endpoint"], program)
+        program.status = status_service(options["status-endpoint"], program, hosts=options["status-host"])
     return program

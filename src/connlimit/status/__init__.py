@@ -11,9 +11,10 @@ from twisted.application.service import IService
 from twisted.internet.interfaces import IStreamServerEndpoint
 
 from connlimit._limiter import Limiter
+from connlimit.status._serve import serve
 from connlimit.status._service import StatusService
 
-__all__ = ["status_service"]
+__all__ = ["serve", "status_service"]
 
 
 class Limited(Protocol):

@@ -77,6 +77,20 @@ class StatusService(StreamServerEndpointService):
         self._raiseSynchronously = True
         super().privilegedStartService()
 
+    def listening(self) -> Deferred[Any]:
+        """
+        Fires with the port, as soon as there is one.
+        """
+        asked: Deferred[Any] = Deferred()
+
+        def tell(port: Any) -> Any:
+            asked.callback(port)
+            return port
+
+        waiting: Any = self._waitingForPort
+        waiting.addBoth(tell)
+        return asked
+
     def startService(self) -> None:
         """
         Start to watch.
@@ -108,7 +122,7 @@ class StatusService(StreamServerEndpointService):
                 self.watches.pop(name).close()
         for name, limiter in limiters.items():
             if name not in self.watches:
-                self.watches[name] = Watch(limiter)
+                self.watches[name] = Watch(limiter, name)
 
     def is_draining(self) -> bool:
         """

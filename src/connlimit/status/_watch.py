@@ -50,8 +50,12 @@ class Watch(LimiterObserver):
     :ivar total: how many seconds they have waited in all.
     """
 
-    def __init__(self, limiter: Limiter) -> None:
+    def __init__(self, limiter: Limiter, name: str | None = None) -> None:
+        """
+        :param name: what it is called where it is shown; its own name if not given.
+        """
         self.limiter = limiter
+        self.name = limiter.name if name is None else name
         self.samples: deque[Sample] = deque(maxlen=SAMPLES)
         self.counts = [0] * (len(BUCKETS) + 1)
         self.total = 0.0
@@ -88,7 +92,7 @@ class Watch(LimiterObserver):
         """
         now = self.limiter.snapshot()
         facts: dict[str, Any] = {
-            "name": now.settings.name,
+            "name": self.name,
             "max_connections": now.settings.max_connections,
             "max_waiting": now.settings.max_waiting,
             "refused": dict(now.refused),
