@@ -32,7 +32,7 @@ from twisted.internet.task import Clock
 
 from connlimit import Limiter, __version__, top
 from connlimit._endpoints import status_endpoint
-from connlimit.status import _html, _serve, serve
+from connlimit.status import _html, _once, _serve, serve
 from connlimit.status._service import StatusService
 from connlimit.status._watch import Watch
 
@@ -508,12 +508,61 @@ def test_limiters_that_come_and_go_are_followed() -> None:
     first, second = Limiter(1, name="a", clock=clock), Limiter(1, name="b", clock=clock)
     limited = Limited(first)
     service = StatusService(None, limited, False, frozenset())
-    service._sampling.clock = clock
     assert [each["name"] for each in limiters(service, False)] == ["a"]
     limited.limiters = {"b": second}
-    clock.advance(1)
+    time.sleep(_once.LEAST_AGE)
     assert [each["name"] for each in limiters(service, False)] == ["b"]
-    assert first._observers == ()
+    assert not [each for each in first.observers if isinstance(each, Watch)]
+
+
+def test_what_takes_long_to_make_is_made_seldom(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, made = [0.0], [0]
+    monkeypatch.setattr(_once, "monotonic", lambda: now[0])
+
+    async def make() -> int:
+        made[0] += 1
+        now[0] += 0.005
+        return made[0]
+
+    recent = _once.Recent(make, lambda made: 0.002 if made == 2 else 0.0)
+    ages = []
+    for _ in range(4):
+        began, before = now[0], made[0]
+        while made[0] == before:
+            succeeded(recent.get())
+            now[0] += 0.01
+        ages.append(round(now[0] - began, 1))
+    assert ages == [0.0, 0.5, 0.7, 0.5]
+
+
+@ensureDeferred
+async def test_what_is_being_made_is_made_once_for_all_who_ask() -> None:
+    waiting: Deferred[None] = Deferred()
+    made = []
+
+    async def make() -> int:
+        made.append(1)
+        await waiting
+        return len(made)
+
+    recent = _once.Recent(make)
+    asked = [recent.get() for _ in range(3)]
+    waiting.callback(None)
+    assert [await each for each in asked] == [1, 1, 1]
+
+
+@ensureDeferred
+async def test_what_fails_to_be_made_is_tried_again() -> None:
+    made = []
+
+    async def make() -> int:
+        made.append(1)
+        return 1 // (len(made) - 1)
+
+    recent = _once.Recent(make)
+    with pytest.raises(ZeroDivisionError):
+        await recent.get()
+    assert await recent.get() == 1
 
 
 def test_percentiles_are_those_of_the_last_waits() -> None:

@@ -5,12 +5,16 @@ What is made once for all who ask for it.
 from __future__ import annotations
 
 from collections.abc import Callable, Coroutine
+from time import monotonic
 from typing import Any, Generic, TypeVar
 
 from twisted.internet.defer import Deferred, ensureDeferred, succeed
 from twisted.python.failure import Failure
 
 T = TypeVar("T")
+#: Seconds for which what was made is shown at least and at most.
+LEAST_AGE, MOST_AGE = 0.1, 1.0
+
 Make = Callable[[], Coroutine[Any, Any, T]]
 
 
@@ -19,30 +23,28 @@ class Once(Generic[T]):
     What a coroutine makes, when it is asked for first.
 
     :ivar is_made: whether it is there.
+    :ivar value: what it is then.
+    :ivar begun: when it was begun, by the monotonic clock.
+    :ivar took: how many seconds it took.
     """
 
     def __init__(self, make: Make[T]) -> None:
         self.is_made = False
+        self.value: Any = None
+        self.begun = self.took = 0.0
         self._make = make
-        self._value: Any = None
         self._asking: list[Deferred[T]] | None = None
-
-    @property
-    def is_asked(self) -> bool:
-        """
-        Whether it is there, or is being made.
-        """
-        return self.is_made or self._asking is not None
 
     def get(self) -> Deferred[T]:
         """
         What was made, as soon as that is so.
         """
         if self.is_made:
-            return succeed(self._value)
+            return succeed(self.value)
         deferred: Deferred[T] = Deferred()
         if self._asking is None:
             self._asking = [deferred]
+            self.begun = monotonic()
             ensureDeferred(self._make()).addBoth(self._end)
         else:
             self._asking.append(deferred)
@@ -51,8 +53,9 @@ class Once(Generic[T]):
     def _end(self, result: T | Failure) -> None:
         assert self._asking is not None
         asking, self._asking = self._asking, None
+        self.took = monotonic() - self.begun
         if not isinstance(result, Failure):
-            self.is_made, self._value = True, result
+            self.is_made, self.value = True, result
         for each in asking:
             if isinstance(result, Failure):
                 each.errback(result)
@@ -63,26 +66,26 @@ class Once(Generic[T]):
 class Recent(Generic[T]):
     """
     What a coroutine makes, made again when it is asked for and the last is too old.
+
+    It may be a hundred times as old as it took seconds to make, at least a tenth of a second and at most a
+    second: so it is fresh where it costs little, and costs little wherever it is asked for again and again.
     """
 
-    def __init__(self, make: Make[T], seconds: Callable[[], float], interval: float) -> None:
+    def __init__(self, make: Make[T], cost: Callable[[T], float] = lambda made: 0.0) -> None:
         """
-        :param seconds: tells the time.
-        :param interval: after how many seconds it is too old.
+        :param cost: tells how many seconds what was made of it has taken.
         """
         self._make = make
-        self._seconds = seconds
-        self._interval = interval
+        self._cost = cost
         self._last = Once(make)
-        self._begun = 0.0
 
     def get(self) -> Deferred[T]:
         """
-        What was made less than an interval ago, or is made now.
+        What was made not long ago, or is made now.
         """
-        now = self._seconds()
-        if self._last.is_made and not 0 <= now - self._begun < self._interval:
-            self._last = Once(self._make)
-        if not self._last.is_asked:
-            self._begun = now
+        last = self._last
+        if last.is_made:
+            age = 100 * (last.took + self._cost(last.value))
+            if monotonic() - last.begun > min(max(age, LEAST_AGE), MOST_AGE):
+                self._last = Once(self._make)
         return self._last.get()

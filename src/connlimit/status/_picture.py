@@ -62,6 +62,13 @@ class Picture:
             self._forms[key] = Once(partial(self._making[name], with_peers))
         return self._forms[key].get()
 
+    @property
+    def took(self) -> float:
+        """
+        How many seconds all that was made of it took.
+        """
+        return self._peers.took + sum(form.took for form in self._forms.values())
+
     async def facts(self, with_peers: bool) -> list[dict[str, Any]]:
         """
         The facts of each limiter.

@@ -65,8 +65,8 @@ class StatusService(StreamServerEndpointService):
         self._sampled: float | None = None
         self._watchers: set[_Watcher] = set()
         self._sampling = LoopingCall(self._sample)
-        self._picture = Recent(self._look, self._seconds, INTERVAL)
-        self._metrics = Recent(self._exposition, self._seconds, INTERVAL)
+        self._picture = Recent(self._look, lambda picture: picture.took)
+        self._metrics = Recent(self._exposition)
         self._site = GuardedSite(_Root(self))
         super().__init__(endpoint, self._site)
 
@@ -130,18 +130,15 @@ class StatusService(StreamServerEndpointService):
         """
         return any(limiter.snapshot().draining for limiter in self._limited.limiters.values())
 
-    def _seconds(self) -> float:
-        return self._sampling.clock.seconds()
-
     def show(self, form: str, with_peers: bool) -> Deferred[bytes]:
         """
-        What there is to see, in a form of `Picture`: the same for all who ask within a second.
+        What there is to see, in a form of `Picture`: the same for all who ask at about the same time.
         """
         return self._picture.get().addCallback(lambda picture: picture.form(form, with_peers))
 
     def metrics(self) -> Deferred[bytes]:
         """
-        The metrics, the same for all who ask within a second.
+        The metrics, the same for all who ask at about the same time.
 
         :raises ImportError: without what they need.
         """
