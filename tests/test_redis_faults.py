@@ -4,21 +4,46 @@ What a shared limit does when Redis, its clock, the network or a process fails: 
 
 from __future__ import annotations
 
+import hashlib
 import os
 import random
+import re
 import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import pytest
-from support import PATIENCE
-from test_redis_limit import NUMBERS, TTL, WORKER, Asker, Backend, Redis, redis, script
+from pytest_twisted import ensureDeferred
+from sockets import patiently, until
+from support import PATIENCE, Log
+from test_redis_limit import (
+    NUMBERS,
+    TTL,
+    WORKER,
+    Answering,
+    Asker,
+    Backend,
+    Redis,
+    administer,
+    failures,
+    redis,
+    redis_limit,
+    script,
+)
+from twisted.internet import reactor
+from twisted.internet.defer import gatherResults
+from twisted.internet.task import deferLater
+from twisted.internet.threads import deferToThread
+
+from connlimit import _redis_link
+from connlimit._system.since_boot import since_boot
 
 __all__ = ["redis"]
 
@@ -242,7 +267,9 @@ class Switch(threading.Thread):
         self._pairs: list[socket.socket] = []
         self._listening = socket.create_server(("127.0.0.1", 0))
         self.url = f"redis://127.0.0.1:{self._listening.getsockname()[1]}"
+        self.redis_url = redis.url
         self.delay = 0.0
+        self._swallowed: set[socket.socket] = set()
         self.start()
 
     def run(self) -> None:
@@ -261,10 +288,19 @@ class Switch(threading.Thread):
             while data := one.recv(65536):
                 if self.delay:
                     time.sleep(self.delay)
-                other.sendall(data)
+                if other not in self._swallowed:
+                    other.sendall(data)
         for each in (one, other):
             with suppress(OSError):
                 each.shutdown(socket.SHUT_RDWR)
+
+    def swallow(self, port: int) -> None:
+        """
+        Let nothing more reach the client at this port.
+        """
+        for each in self._pairs:
+            if each.family == socket.AF_INET and each.getpeername()[1] == port:
+                self._swallowed.add(each)
 
     def to(self, redis: Redis) -> None:
         """
@@ -369,3 +405,264 @@ def test_who_has_slots_goes_on_while_redis_hangs(tmp_path: Path) -> None:
             assert storm.backend.most <= storm.slots
     finally:
         redis.stop()
+
+
+@pytest.fixture
+def settled_redis(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> Redis:
+    """
+    A Redis that says that it has been up for long.
+    """
+    monkeypatch.setattr(_redis_link, "_SCRIPT", script())
+    monkeypatch.setattr(_redis_link, "_SHA", hashlib.sha1(script()).hexdigest().encode())
+    return redis
+
+
+@pytest.fixture
+def proxied(redis: Redis) -> Iterator[Switch]:
+    """
+    A way to the Redis that can be made slow, or deaf.
+    """
+    switch = Switch(redis)
+    yield switch
+    switch.stop()
+
+
+@ensureDeferred
+async def test_there_is_a_lease_though_redis_is_far_away(proxied: Switch) -> None:
+    proxied.delay = 0.125  # each way
+    limit = redis_limit.RedisLimit("far away", 5, url=proxied.url, ttl=1)
+    served = []
+    limit.subscribe(lambda: limit.try_acquire(None) and served.append(limit))
+    with Log() as log:
+        assert not limit.try_acquire(None)
+        await until(lambda: served)
+        ends = limit._ends
+        await until(lambda: limit._ends > ends + 1)
+        assert since_boot() < limit._ends
+    assert not log.texts()
+    await patiently(limit.close())
+
+
+@ensureDeferred
+async def test_a_connection_that_hears_nothing_any_more_is_made_anew(
+    settled_redis: Redis, proxied: Switch
+) -> None:
+    one = redis_limit.RedisLimit("deaf", 1, url=proxied.url, ttl=30)
+    other = redis_limit.RedisLimit("deaf", 1, url=proxied.redis_url, ttl=30)
+    served = []
+    one.subscribe(lambda: one.try_acquire(None))
+    other.subscribe(lambda: other.try_acquire(None) and served.append(other))
+    assert not one.try_acquire(None)
+    await until(lambda: one.in_use == 1 and one._link.hears(one.channel))
+    # What Redis says from now on is heard by nobody, though the connections stay.
+    ear = one._link._ear
+    proxied.swallow(ear.transport.getHost().port)
+    began = since_boot()
+    assert not other.try_acquire(None)
+    await until(lambda: one._link._ear not in (None, ear) and one._link.hears(one.channel))
+    assert since_boot() - began < 5
+    one.release(None)
+    await until(lambda: served)
+    assert since_boot() - began < 7
+    await patiently(one.close())
+    other.release(None)
+    await patiently(other.close())
+
+
+@ensureDeferred
+async def test_a_free_slot_is_given_back_within_a_second_though_nobody_is_told(settled_redis: Redis) -> None:
+    one = redis_limit.RedisLimit("spare", 10, url=settled_redis.url, ttl=60)
+    other = redis_limit.RedisLimit("spare", 10, url=settled_redis.url, ttl=60)
+    for limit in (one, other):
+        limit.heard = lambda message: None
+    served = []
+    one.subscribe(lambda: all(one.try_acquire(None) for _ in range(10)))
+    other.subscribe(lambda: other.try_acquire(None) and served.append(other))
+    assert not one.try_acquire(None)
+    await until(lambda: one.in_use == 10 and not one._asking)
+    one._subscribers.clear()
+    for _ in range(9):
+        one.release(None)
+    assert one.held == 10
+    began = since_boot()
+    assert not other.try_acquire(None)
+    await until(lambda: served)
+    assert since_boot() - began < 4
+    one.release(None)
+    other.release(None)
+    await patiently(one.close())
+    await patiently(other.close())
+
+
+@ensureDeferred
+async def test_a_subscriber_that_raises_ends_nothing(redis: Redis) -> None:
+    limit = redis_limit.RedisLimit("raising", 2, url=redis.url, ttl=TTL)
+    served = []
+
+    def fail() -> None:
+        raise RuntimeError("a mistake")
+
+    limit.subscribe(fail)
+    limit.subscribe(lambda: limit.try_acquire(None) and served.append(limit))
+    with Log() as log:
+        assert not limit.try_acquire(None)
+        await until(lambda: served)
+        ends = limit._ends
+        await until(lambda: limit._ends > ends + 1.5 * TTL)
+    assert sum("a subscriber of limit raising failed" in text for text in log.texts()) == 1
+    limit.release(None)
+    await patiently(limit.close())
+
+
+def questions(redis: Redis) -> int:
+    """
+    How many questions Redis has been asked.
+    """
+    counts = redis.info_all("commandstats")
+    return sum(int(each) for each in re.findall(r"cmdstat_eval(?:sha)?:calls=(\d+)", counts))
+
+
+@ensureDeferred
+async def test_a_freed_slot_wakes_only_whose_turn_it_is(settled_redis: Redis) -> None:
+    members = [redis_limit.RedisLimit("crowd", 5, url=settled_redis.url, ttl=10) for _ in range(50)]
+    waiting, active, admitted = [3] * 50, [], 0
+
+    def serve(at: int) -> None:
+        nonlocal admitted
+        while waiting[at] and members[at].try_acquire(None):
+            waiting[at] -= 1
+            admitted += 1
+            active.append(at)
+            assert len(active) <= 5
+
+    for at, member in enumerate(members):
+        member.subscribe(partial(serve, at))
+        serve(at)
+    await until(lambda: len(active) == 5)
+    await deferLater(reactor, 1)
+    for goal in (100, 400):
+        before, asked = admitted, questions(settled_redis)
+        while admitted < goal:
+            await until(lambda: len(active) == 5)
+            at = active.pop(0)
+            waiting[at] += 1
+            members[at].release(None)
+            serve(at)
+    per_admission = (questions(settled_redis) - asked) / (admitted - before)
+    assert per_admission <= 3, per_admission
+    waiting[:] = [0] * 50
+    while active:
+        members[active.pop()].release(None)
+    for member in members:
+        await patiently(member.close())
+
+
+@ensureDeferred
+async def test_who_has_nothing_to_ask_does_not(redis: Redis) -> None:
+    limits = [redis_limit.RedisLimit(f"idle {at}", 5, url=redis.url, ttl=TTL) for at in range(20)]
+    for limit in limits:
+        limit.subscribe(partial(limit.try_acquire, None))
+        assert not limit.try_acquire(None)
+    await until(lambda: all(limit.in_use for limit in limits))
+    for limit in limits:
+        limit.release(None)
+    await until(lambda: not any(limit.held or limit._asking for limit in limits))
+    asked = questions(redis)
+    await deferLater(reactor, 3)
+    assert questions(redis) - asked <= 0.1 * 3 * 20
+    for limit in limits:
+        await patiently(limit.close())
+
+
+@ensureDeferred
+async def test_thousands_of_limits_are_back_soon_after_a_restart(
+    settled_redis: Redis, tmp_path: Path
+) -> None:
+    redis = Redis(tmp_path).start()
+    limits = [redis_limit.RedisLimit(f"limit {at}", 5, url=redis.url, ttl=10) for at in range(4000)]
+    try:
+        for limit in limits:
+            limit.subscribe(partial(limit.try_acquire, None))
+            assert not limit.try_acquire(None)
+        await until(lambda: all(limit.in_use for limit in limits))
+        # Two connections, and that which asks.
+        assert int(redis.info(b"connected_clients", b"clients")) == 3
+        redis.stop()
+        await until(lambda: any(limit._is_away for limit in limits))
+        redis.start(settle=False)
+        began = since_boot()
+        await until(lambda: not any(limit._is_away for limit in limits))
+        assert since_boot() - began < 15
+        assert all(since_boot() < limit._ends for limit in limits)
+        with Log() as log:
+            await patiently(gatherResults([limit.close() for limit in limits]))
+        assert not log.texts()
+    finally:
+        redis.stop()
+
+
+@pytest.mark.parametrize("more", [b"+info &connlimit:*", b"&connlimit:*", b""])
+@ensureDeferred
+async def test_a_user_without_dangerous_commands_is_enough(more: bytes, tmp_path: Path) -> None:
+    redis = Redis(tmp_path).start()
+    try:
+        allowed = b"resetchannels ~connlimit:* +@all -@dangerous " + more
+        assert redis.ask(b"ACL SETUSER me on >secret " + allowed) == b"+OK"
+        url = f"unix://me:secret@{redis.socket}"
+        one, other = (redis_limit.RedisLimit("x", 1, url=url, ttl=TTL) for _ in range(2))
+        served = []
+        other.subscribe(lambda: other.try_acquire(None) and served.append(other))
+        one.subscribe(lambda: one.in_use or served or one.try_acquire(None))
+        with Log() as log:
+            assert not one.try_acquire(None)
+            await until(lambda: one.in_use == 1)
+            assert not other.try_acquire(None)
+            await until(lambda: other._question >= 2)
+            assert not served
+            one._subscribers.clear()
+            one.release(None)
+            await until(lambda: served)
+        assert [("does not tell" in text) for text in log.texts()] == [True] * (not more)
+        listed = await deferToThread(administer, url, "list")
+        assert "x: 1 of its own setting held" in listed.stdout
+        other.release(None)
+        await patiently(one.close())
+        await patiently(other.close())
+    finally:
+        redis.stop()
+
+
+@ensureDeferred
+async def test_a_node_of_a_cluster_that_has_not_the_limit_is_refused_in_one_sentence() -> None:
+    node = Answering(b"-MOVED 3999 127.0.0.1:6381\r\n")
+    limit = redis_limit.RedisLimit("x", 5, url=node.url, ttl=TTL)
+    with Log() as log:
+        assert not limit.try_acquire(None)
+        await until(lambda: failures(limit) >= 3)
+    assert [text.partition("used: ")[2] for text in log.texts()] == [
+        "it is one of a Redis Cluster, and another node has this limit (MOVED 3999 127.0.0.1:6381)"
+    ]
+    await patiently(limit.close())
+    node.stop()
+
+
+@ensureDeferred
+async def test_reset_and_list_take_names_as_they_are(redis: Redis) -> None:
+    limits = [redis_limit.RedisLimit(name, 5, url=redis.url, ttl=TTL) for name in ("a*", "ab", "semaphores")]
+    keys = [redis_limit.keys_of(limit.name)[0].encode() for limit in limits]
+    redis.ask(b"SET connlimit:{semaphores}:log 1")
+    for limit in limits:
+        limit.subscribe(partial(limit.try_acquire, None))
+        assert not limit.try_acquire(None)
+    await until(lambda: all(limit.in_use for limit in limits))
+    listed = await deferToThread(administer, redis.url, "list")
+    for limit in limits:
+        assert f"\n{limit.name}: " in "\n" + listed.stdout
+    for name in ("a*", "semaphores"):
+        assert (await deferToThread(administer, redis.url, "reset", name)).returncode == 0
+    assert redis.ask(b"EXISTS", keys[1], b"connlimit:{semaphores}:log") == b":2"
+    assert redis.info_all("commandstats").count("cmdstat_keys") == 0
+    for limit in limits:
+        limit.release(None)
+        await patiently(limit.close())
+    redis.ask(b"DEL connlimit:{semaphores}:log")

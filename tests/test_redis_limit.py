@@ -118,6 +118,16 @@ class Redis:
                 received += client.recv(65536)
             return received.split(name + b":")[1].split(b"\r\n")[0]
 
+    def info_all(self, section: str) -> str:
+        with closing(socket.socket(socket.AF_UNIX)) as client:
+            client.connect(str(self.socket))
+            client.sendall(f"INFO {section}\r\n".encode())
+            received = client.recv(100_000)
+            length = int(received[1 : received.index(b"\r\n")])
+            while len(received) < length:
+                received += client.recv(100_000)
+            return received.decode()
+
     def stop(self) -> None:
         if self.process is not None:
             self.process.kill()

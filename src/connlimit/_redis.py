@@ -16,6 +16,8 @@ from twisted.internet.interfaces import IStreamClientEndpoint
 from twisted.internet.protocol import Factory
 from twisted.python.failure import Failure
 
+from connlimit._system.clock import clock_of
+
 #: How many bytes an answer can have, unless more are expected.
 LONGEST = 1 << 20
 
@@ -187,7 +189,9 @@ class Redis:
         Hear the channel from now on, if that is not so already.
         """
         if self._subscribing is None and (self._hearing is None or not self._hearing.connected):
-            self._subscribing = Deferred.fromCoroutine(self._subscribe()).addTimeout(timeout, self._reactor)
+            self._subscribing = Deferred.fromCoroutine(self._subscribe()).addTimeout(
+                timeout, clock_of(self._reactor)
+            )
             self._subscribing.addBoth(self._subscribed)
 
     async def _subscribe(self) -> None:

@@ -40,6 +40,7 @@ from connlimit._redis_address import RedisAddress, url_parameters
 from connlimit._redis_link import PREFIX as PREFIX
 from connlimit._redis_link import TURNS, IAsker, Link
 from connlimit._system.bounded_log import BoundedLog
+from connlimit._system.clock import clock_of
 from connlimit._system.since_boot import since_boot
 from connlimit.interfaces import IConnection, IRefusingLimit
 
@@ -125,7 +126,7 @@ class RedisLimit:
         self.held = 0
         self.outlived = 0
         self._slots = slots
-        self._reactor = reactor
+        self._clock = clock_of(reactor)
         self._link = Link.to(self.address, reactor)
         self._failures = BoundedLog(self._log)
         self._subscribers: list[Callable[[], None]] = []
@@ -166,7 +167,6 @@ class RedisLimit:
         # Whether this process has a place among those who ask.
         self._queued = False
         self._timer: IDelayedCall | None = None
-        self._due = 0.0
         self._rejections = 0
         self._is_away = False
         self._away_since = 0.0
@@ -202,8 +202,6 @@ class RedisLimit:
             elif self._is_away and self._local:
                 self._ask_soon(_AWAY)
         self._tried = since_boot()
-        if self._tried > self._due + _POLL:
-            self._ask_soon(0)  # the reactor's clock was set back
         return False
 
     def release(self, connection: IConnection) -> None:
@@ -245,13 +243,11 @@ class RedisLimit:
         if self._asking:
             self._ask_again = self._ask_again or seconds == 0
             return
-        due = since_boot() + seconds
         if self._timer is not None:
-            if self._due <= due and self._timer.getTime() <= self._reactor.seconds() + seconds:
+            if self._timer.getTime() <= self._clock.seconds() + seconds:
                 return
             self._timer.cancel()
-        self._due = due
-        self._timer = self._reactor.callLater(seconds, self._ask)
+        self._timer = self._clock.callLater(seconds, self._ask)
 
     def _ask(self) -> None:
         if self._timer is not None and self._timer.active():
@@ -419,7 +415,6 @@ class RedisLimit:
         self._asking = False
         if self._closed or not (self.in_use or self.held or self._short):
             return
-        self._due = since_boot() + 2 * _POLL
         self._queued = False
         self._set_aside = 0
         if not self._is_away:
@@ -476,7 +471,7 @@ class RedisLimit:
         if not self._question or self._is_away:
             self._link.leave(self)
             return succeed(None)
-        return _Farewell(self, self._link, self._reactor).done.addBoth(lambda _: self._link.leave(self))
+        return _Farewell(self, self._link, self._clock).done.addBoth(lambda _: self._link.leave(self))
 
 
 class _Farewell:
@@ -484,14 +479,14 @@ class _Farewell:
     The last question of a limit: it has nothing any more.
     """
 
-    def __init__(self, limit: RedisLimit, link: Link, reactor: Any) -> None:
+    def __init__(self, limit: RedisLimit, link: Link, clock: Any) -> None:
         self._limit = limit
         self.member = limit.member
         self.channel = limit.channel
         self.keys = limit.keys
         self.patience = 1.0
         self.done: Deferred[None] = Deferred()
-        self.done.addTimeout(self.patience, reactor)
+        self.done.addTimeout(self.patience, clock)
         self.done.addErrback(self._in_vain)
         link.ask(self)
 

@@ -28,6 +28,7 @@ from zope.interface import Attribute, Interface
 from connlimit._redis import Asking, _Careful, describe, greet
 from connlimit._redis_address import RedisAddress
 from connlimit._system.bounded_log import BoundedLog
+from connlimit._system.clock import clock_of
 from connlimit._system.since_boot import since_boot
 
 #: The prefix of all keys and channels.
@@ -209,6 +210,7 @@ class Link:
         self._failures_log = BoundedLog(self._log)
         self._endpoint = address.endpoint(reactor)
         self._reactor = reactor
+        self._clock = clock_of(reactor)
         self._askers: dict[str, Any] = {}
         self._waiting: deque[Any] = deque()
         self._asked: deque[tuple[Any, float, bytes]] = deque()
@@ -343,7 +345,7 @@ class Link:
         self._asked.append((asker, since_boot(), question))
         connection.replyQueue.get().addCallback(self._answered, connection)
         if self._watching is None:
-            self._watching = self._reactor.callLater(_SLOW, self._watch, since_boot() + _SLOW)
+            self._watching = self._clock.callLater(_SLOW, self._watch, since_boot() + _SLOW)
 
     def _answered(self, answer: Any, connection: Any) -> None:
         if connection is not self._questions:
@@ -385,7 +387,7 @@ class Link:
             for each in {asker: None for asker, _, _ in self._asked}:
                 self._tell(each, "slow")
         pause = max(0.05, min(_SLOW, since + patience - now))
-        self._watching = self._reactor.callLater(pause, self._watch, now + pause)
+        self._watching = self._clock.callLater(pause, self._watch, now + pause)
 
     def _patience(self, wanted: float) -> float:
         return min(_LONGEST_PATIENCE, max(wanted, 4 * self._round_trip))
@@ -413,7 +415,7 @@ class Link:
             greet(connection, address.username, address.password, address.database)
         )
         patience = self._patience(min((asker.patience for asker in self._askers.values()), default=1.0))
-        await greeting.addTimeout(patience, self._reactor, _too_late)
+        await greeting.addTimeout(patience, self._clock, _too_late)
         return connection
 
     def _connected(self, connection: Any) -> None:
@@ -455,7 +457,7 @@ class Link:
         self._failures += 1
         pause = min(_LONGEST_PAUSE, _FIRST_PAUSE * 2 ** min(self._failures, 10)) * random.uniform(0.5, 1)
         self._pause_ends = since_boot() + pause
-        self._pause = self._reactor.callLater(pause, self._connect)
+        self._pause = self._clock.callLater(pause, self._connect)
         for asker in list(self._askers.values()):
             self._tell(asker, "unreachable", error)
 
@@ -530,7 +532,7 @@ class Link:
         elif ear is not None and since_boot() - ear.pinged_at > self._patience(_BEAT):
             self._ear_failures = min(self._ear_failures + 1, 10)
             self._shut_ear()
-        self._beating = self._reactor.callLater(pause, self._listen)
+        self._beating = self._clock.callLater(pause, self._listen)
 
     def _can_hear(self, ear: Any) -> None:
         self._ear_connecting = None

@@ -14,6 +14,7 @@ from twisted.internet.interfaces import IProtocol, IProtocolFactory, IStreamClie
 from zope.interface import implementer
 
 from connlimit._redis import connect, describe
+from connlimit._system.clock import clock_of
 
 #: Seconds in which a sentinel must answer, lest the others be asked too late.
 _PATIENCE = 0.4
@@ -62,7 +63,7 @@ class SentinelEndpoint:
 
     async def _ask(self, host: str, port: int) -> tuple[str, int]:
         asked = Deferred.fromCoroutine(self._found(HostnameEndpoint(self.reactor, host, port)))
-        return await asked.addTimeout(_PATIENCE, self.reactor)
+        return await asked.addTimeout(_PATIENCE, clock_of(self.reactor))
 
     async def _found(self, endpoint: IStreamClientEndpoint) -> tuple[str, int]:
         sentinel = await connect(endpoint, username=self.username, password=self.password)
