@@ -477,6 +477,8 @@ class RedisLimit:
 class _Farewell:
     """
     The last question of a limit: it has nothing any more.
+
+    :ivar done: fires when it is answered, or will not be.
     """
 
     def __init__(self, limit: RedisLimit, link: Link, clock: Any) -> None:
@@ -486,35 +488,39 @@ class _Farewell:
         self.keys = limit.keys
         self.patience = 1.0
         self.done: Deferred[None] = Deferred()
-        self.done.addTimeout(self.patience, clock)
-        self.done.addErrback(self._in_vain)
+        self._timer = clock.callLater(_LONG_POLL, self._too_late)
         link.ask(self)
 
-    def _in_vain(self, failure: Any) -> None:
-        RedisLimit._log.info(
-            "limit {name}: Redis at {address} was not told of the end: {why}",
-            name=self._limit.name,
-            address=self._limit.address,
-            why=describe(failure.value),
-        )
-
     def question(self, same: int) -> bytes:
+        if self._timer.active():
+            self._timer.reset(self.patience)
         return self._limit._farewell(same)
 
     def answered(self, answer: Any) -> None:
         if not self.done.called:
+            if self._timer.active():
+                self._timer.cancel()
             self.done.callback(None)
 
     def rejected(self, error: Exception) -> None:
         if not self.done.called:
-            self.done.errback(error)
+            RedisLimit._log.info(
+                "limit {name}: Redis at {address} was not told of the end: {why}",
+                name=self._limit.name,
+                address=self._limit.address,
+                why=describe(error),
+            )
+            self.answered(None)
 
     unreachable = rejected
 
     def slow(self) -> None:
         """
-        Do nothing: it has a time-out of its own.
+        Do nothing: it has a timer of its own.
         """
+
+    def _too_late(self) -> None:
+        self.rejected(TimeoutError(f"no answer within {self.patience:g} s"))
 
 
 def _meant(error: Exception) -> Exception:

@@ -428,9 +428,11 @@ class Link:
         if not connection.connected:
             self._ended(connection, Failure(ConnectionError("the connection was closed")))
             return
-        self._waiting.clear()
+        waiting = [each for each in self._waiting if self._askers.get(each.member) is not each]
+        self._waiting = deque(waiting)
         for asker in list(self._askers.values()):
             self._tell(asker, "reachable")
+        self._send()
         if self._hearers:
             self._listen()
 
@@ -452,8 +454,8 @@ class Link:
         """
         Redis cannot be used: try again after a pause.
         """
-        self._drop()
         self._error = error
+        self._drop()
         self._failures += 1
         pause = min(_LONGEST_PAUSE, _FIRST_PAUSE * 2 ** min(self._failures, 10)) * random.uniform(0.5, 1)
         self._pause_ends = since_boot() + pause
@@ -465,8 +467,12 @@ class Link:
         """
         End the connections, at once.
         """
+        lost = [*(asker for asker, _, _ in self._asked), *self._waiting]
         self._asked.clear()
         self._waiting.clear()
+        for asker in lost:
+            if self._askers.get(asker.member) is not asker:  # nobody tells it anything else
+                self._tell(asker, "unreachable", self._error or ConnectionError("the connection was lost"))
         self._is_slow = False
         if self._watching is not None:
             self._watching.cancel()
