@@ -837,12 +837,12 @@ async def test_while_redis_cannot_be_used_all_wait_and_once_it_can_they_are_serv
             await until(lambda: limiter.active == 1)
         limiter.finish(newcomer)
         await patiently(limit.close())
-        complaint, relief = log.texts()[0], log.texts()[-1]
+        of_the_limiter = [text for text in log.texts() if text.startswith("default: ")]
+        complaint, relief = (text for text in log.texts() if text not in of_the_limiter)
         assert complaint.startswith(f"limit x: Redis at {redis.socket} cannot be used: ")
         assert words in complaint
         assert relief == f"limit x: Redis at {redis.socket} is back"
-        assert sum("cannot be used" in text for text in log.texts()) == 1
-        assert len(log.events) == len(log.texts()) == 2
+        assert len(log.events) == 2 + len(of_the_limiter)
     finally:
         redis.stop()
 
