@@ -28,6 +28,8 @@ EXTRAS = {
     "_redis_link": {"txredisapi"},
     "_sentinel": {"txredisapi"},
     "_toml": {"tomli", "tomllib"},
+    "semaphores._tap": {"httptools"},
+    "semaphores.server.http": {"httptools"},
 }
 
 

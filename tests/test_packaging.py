@@ -173,7 +173,11 @@ def test_the_core_alone_works_and_says_which_extra_it_lacks(built: Path, environ
             "connlimit._redis_link": "txredisapi",
             "connlimit._sentinel": "txredisapi",
             "connlimit.metrics": "prometheus_client",
-            "connlimit.semaphores._redis_store": "txredisapi",
+            "connlimit.semaphores._program": "httptools",
+            "connlimit.semaphores.server.http": "httptools",
+            "connlimit.semaphores.server.redis_store": "txredisapi",
+            "connlimit.semaphores.server.requests": "httptools",
+            "connlimit.semaphores.server.site": "httptools",
         }
         assert "--max-connections" in environment.run("twistd", "connlimit", "--help")
         assert "--max-peers" in environment.run("twistd", "connlimit-semaphores", "--help")
@@ -183,6 +187,7 @@ def test_the_core_alone_works_and_says_which_extra_it_lacks(built: Path, environ
         for arguments, extra in (
             (["connlimit", "--max-connections=1", "--shared=redis://localhost"], "redis"),
             (["connlimit", "--shared=https://localhost:8000"], "tls"),
+            (["connlimit-semaphores"], "semaphores"),
             (["connlimit-semaphores", "--store=redis://localhost"], "redis"),
         ):
             said = environment.run("twistd", "-n", "--pidfile=", *arguments, code=1)
@@ -200,6 +205,7 @@ def test_the_wheel_holds_the_package_and_the_plugin_and_nothing_else(built: Path
     }
     assert names == package | {
         "connlimit/py.typed",
+        "connlimit/semaphores/server/log.lua",
         "connlimit/status/status.css",
         "connlimit/status/status.js",
         "twisted/plugins/connlimit_plugin.py",

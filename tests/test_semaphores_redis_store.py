@@ -4,17 +4,26 @@ The state of the semaphores in a real Redis.
 
 from __future__ import annotations
 
+import http.client
+import json
 import signal
+import socket
+import threading
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 import pytest
+from support import read_all
 from test_redis_limit import PATIENCE, Redis
 from test_semaphores_http import Server, in_thread, ours, wait_until_pending
 
+from connlimit.semaphores.server.state import State
+
 pytest.importorskip("txredisapi")
+
+from connlimit.semaphores.server.redis_store import pages
 
 
 @pytest.fixture
@@ -98,9 +107,6 @@ def heartbeat(server: Server, peer: int, times: int) -> None:
     """
     Send many heartbeats, several at once.
     """
-    import http.client
-    import json
-    import threading
 
     def send() -> None:
         connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=PATIENCE)
@@ -141,3 +147,104 @@ def test_it_starts_without_its_redis_and_says_so(tmp_path: Path) -> None:
             assert server.program.terminate() == 0
         finally:
             redis.stop()
+
+
+def test_what_is_refused_leaves_nothing_in_the_store(tmp_path: Path, redis: Redis) -> None:
+    with ours(tmp_path, "--store", redis.url) as server:
+        peer = server.new_peer()
+        before = redis.info(b"used_memory", b"memory")
+        length = redis.ask(b"LLEN", b"connlimit:{semaphores}:log")
+        unknown = "\u00fc" * 10_000
+        for _ in range(50):
+            restored = {"expires_in": "5min", "peer_id": 7, "acquired": {unknown: 1}}
+            assert server.ask("POST", "/restore", restored) == (400, "Unknown semaphore")
+            assert server.ask("PUT", f"/peers/{peer}/{'x' * 5000}", 1) == (400, "Unknown semaphore")
+            assert server.ask("DELETE", f"/peers/{peer}/{'x' * 5000}") == (400, "Unknown semaphore")
+            assert server.ask("GET", f"/remainder?semaphore={'x' * 5000}") == (400, "Unknown semaphore")
+            assert server.ask("GET", "/peers/8/is_acquired") == (400, "Unknown peer")
+            assert server.ask("PUT", "/peers/8", {"expires_in": "5min"}) == (400, "Unknown peer")
+            assert server.ask("PUT", f"/peers/{peer}/C", 2)[0] == 409
+        assert redis.ask(b"LLEN", b"connlimit:{semaphores}:log") == length
+        assert int(redis.info(b"used_memory", b"memory")) < int(before) + 2**20
+
+
+def test_an_operation_has_its_share_of_the_store_and_no_more(tmp_path: Path, redis: Redis) -> None:
+    names = [f"{number:03} {'x' * 40}" for number in range(100)]
+    text = "[semaphores]\n" + "".join(f'"{name}" = 5\n' for name in names)
+    with ours(tmp_path, "--store", redis.url, text=text) as server:
+        restored = {"expires_in": "5min", "peer_id": 7, "acquired": dict.fromkeys(names, 1)}
+        status, sentence = server.ask("POST", "/restore", restored)
+        assert status == 413
+        assert "1024 bytes" in sentence
+        restored["acquired"] = dict.fromkeys(names[:5], 1)
+        assert server.ask("POST", "/restore", restored) == (200, "Ok")
+
+
+def test_a_name_takes_no_more_of_the_store_than_it_has_bytes(tmp_path: Path, redis: Redis) -> None:
+    name = "\u00fc" * 400
+    with ours(tmp_path, "--store", redis.url, text=f'[semaphores]\n"{name}" = 5\n') as server:
+        peer = server.new_peer()
+        assert server.acquire(peer, name) == 200
+
+
+def test_a_log_of_many_bytes_is_cut_and_a_server_starts_with_it(tmp_path: Path, redis: Redis) -> None:
+    name = "x" * 800
+    text = f'[semaphores]\n"{name}" = 5000\n'
+    with ours(tmp_path, "--store", redis.url, text=text) as server:
+        connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=PATIENCE)
+        for peer in range(1600):
+            body = json.dumps({"expires_in": "5min", "peer_id": peer, "acquired": {name: 1}})
+            connection.request("POST", "/restore", body, {"Content-Type": "application/json"})
+            assert connection.getresponse().read() == b"Ok"
+        connection.close()
+        assert 0 < int(redis.ask(b"LLEN", b"connlimit:{semaphores}:log")[1:]) < 1400
+    with ours(tmp_path, "--store", redis.url, text=text) as server:
+        assert server.ask("GET", f"/remainder?semaphore={name}") == (200, "3400")
+
+
+def test_a_server_starts_with_the_state_of_very_many_peers(tmp_path: Path, redis: Redis) -> None:
+    state = State()
+    state.apply(0.0, "configure", [{"A": (1_000_000, 0)}, 300_000])
+    for peer in range(250_000):
+        state.apply(0.0, "new_peer", [peer, 86400.0])
+        state.apply(0.0, "acquire", [peer, "A", 1, None])
+    with closing(socket.socket(socket.AF_UNIX)) as client:
+        client.connect(str(redis.socket))
+        for page, _ in pages(state.records()):
+            client.sendall(command("RPUSH", "connlimit:{semaphores}:state", page))
+        fields = {"history": "h1", "start": 5, "mark": "", "time": 0, "count": 500_000, "size": 1 << 24}
+        words = [str(word) for field in fields.items() for word in field]
+        client.sendall(command("HSET", "connlimit:{semaphores}:about", *words) + command("QUIT"))
+        read_all(client)
+    with ours(tmp_path, "--store", redis.url) as server:
+        began = time.monotonic()
+        while server.ask("GET", "/remainder?semaphore=A")[0] == 503:
+            assert time.monotonic() - began < PATIENCE
+            time.sleep(0.05)
+        # The file of this server says 5.
+        assert server.ask("GET", "/remainder?semaphore=A") == (200, "-249995")
+        assert server.ask("PUT", "/peers/249999", {"expires_in": "1s"}) == (200, "Ok")
+        assert "cannot be used" not in server.program.output
+
+
+def command(*words: str) -> bytes:
+    """
+    A command as Redis reads it.
+    """
+    parts = [b"*%d\r\n" % len(words)]
+    parts += [b"$%d\r\n%b\r\n" % (len(word.encode()), word.encode()) for word in words]
+    return b"".join(parts)
+
+
+def test_the_state_is_written_down_seldom_while_peers_become_more(tmp_path: Path, redis: Redis) -> None:
+    with ours(tmp_path, "--store", redis.url) as server:
+        connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=PATIENCE)
+        written = set()
+        for number in range(5000):
+            body = '{"expires_in": "5min"}'
+            connection.request("POST", "/new_peer", body, {"Content-Type": "application/json"})
+            connection.getresponse().read()
+            if number % 100 == 0:
+                written.add(redis.ask(b"HGET", b"connlimit:{semaphores}:about", b"count"))
+        connection.close()
+        assert len(written) <= 4

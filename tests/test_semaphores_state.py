@@ -13,7 +13,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from connlimit.semaphores._state import Rejected, State
+from connlimit.semaphores.server.records import Rejected
+from connlimit.semaphores.server.state import State
 
 FULL = {"A": (5, 0), "B": (5, 1), "C": (1, 2)}
 
@@ -40,21 +41,21 @@ class Model:
     def __init__(self) -> None:
         self.expires: dict[int, float] = {}
         self.held: list[tuple[int, str, int]] = []
-        self.line: list[tuple[int, str, int]] = []
+        self.queue: list[tuple[int, str, int]] = []
 
     def forget(self, peer: int) -> None:
         del self.expires[peer]
         self.held = [each for each in self.held if each[0] != peer]
-        self.line = [each for each in self.line if each[0] != peer]
+        self.queue = [each for each in self.queue if each[0] != peer]
 
     def sweep(self, now: float) -> None:
         for peer in [peer for peer, expires in self.expires.items() if expires <= now]:
             self.forget(peer)
         for name, (full, _) in FULL.items():
-            for entry in [each for each in self.line if each[1] == name]:
+            for entry in [each for each in self.queue if each[1] == name]:
                 if sum(each[2] for each in self.held if each[1] == name) + entry[2] > full:
                     break
-                self.line.remove(entry)
+                self.queue.remove(entry)
                 self.held.append(entry)
 
 
@@ -87,9 +88,11 @@ class StateMachine(RuleBasedStateMachine):
 
     @rule()
     def it_is_dumped_and_loaded(self) -> None:
-        dumped = json.loads(json.dumps(self.state.dump()))
+        other = State()
+        for record in self.state.records():
+            other.add(json.loads(json.dumps(record)))
         self.state = State()
-        self.state.load(dumped)
+        self.state.become(other)
         self.told = settled(self.state)
 
     @rule(peer=PEERS, seconds=SECONDS)
@@ -121,7 +124,7 @@ class StateMachine(RuleBasedStateMachine):
         right = None if name in FULL and peer in self.model.expires else 400
         assert self.do("release", peer, name) == right
         self.model.held = [each for each in self.model.held if each[:2] != (peer, name)]
-        self.model.line = [each for each in self.model.line if each[:2] != (peer, name)]
+        self.model.queue = [each for each in self.model.queue if each[:2] != (peer, name)]
         self.model.sweep(self.now)
 
     @rule(peer=PEERS, name=NAMES, count=COUNTS, seconds=st.none() | SECONDS)
@@ -143,16 +146,16 @@ class StateMachine(RuleBasedStateMachine):
             model.expires[peer] = self.now + seconds
         if count < 1:
             return 400
-        pends = [each for each in model.line if each[0] == peer]
-        mine = [each for each in model.held + model.line if each[:2] == (peer, name)]
+        pends = [each for each in model.queue if each[0] == peer]
+        mine = [each for each in model.held + model.queue if each[:2] == (peer, name)]
         if mine:
             if mine[0][2] == count:
                 return not pends
             return 501 if mine[0][2] > count else 409
         if any(FULL[each[1]][1] <= level for each in model.held if each[0] == peer) or pends:
             return 409
-        demand = sum(each[2] for each in model.held + model.line if each[1] == name)
-        (model.held if demand + count <= full else model.line).append((peer, name, count))
+        demand = sum(each[2] for each in model.held + model.queue if each[1] == name)
+        (model.held if demand + count <= full else model.queue).append((peer, name, count))
         return demand + count <= full
 
     @rule(peer=PEERS, acquired=st.dictionaries(NAMES, st.integers(0, 3)), seconds=SECONDS)
@@ -163,7 +166,7 @@ class StateMachine(RuleBasedStateMachine):
         if any(name not in FULL or count < 1 for name, count in acquired.items()):
             right: int | None = 400
         elif peer in model.expires:
-            pends = any(each[0] == peer for each in model.line)
+            pends = any(each[0] == peer for each in model.queue)
             right = None if held == acquired and not pends else 409
         else:
             right = None
@@ -191,11 +194,11 @@ class StateMachine(RuleBasedStateMachine):
         }
         assert held == set(self.model.held)
         for name, semaphore in self.state.semaphores.items():
-            assert [(peer, name, lock.count) for peer, lock in semaphore.line.items()] == [
-                each for each in self.model.line if each[1] == name
+            assert [(peer, name, lock.count) for peer, lock in semaphore.queue.items()] == [
+                each for each in self.model.queue if each[1] == name
             ]
             assert semaphore.acquired == sum(each[2] for each in held if each[1] == name)
-            assert semaphore.pending == sum(lock.count for lock in semaphore.line.values())
+            assert semaphore.pending == sum(lock.count for lock in semaphore.queue.values())
             assert self.restored or semaphore.acquired <= semaphore.full_count
         assert {peer: each.expires for peer, each in self.state.peers.items()} == self.model.expires
         due = self.state.next_event()

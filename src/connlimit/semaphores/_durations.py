@@ -7,6 +7,7 @@ The units are those of the Rust library humantime, which Throttle reads them wit
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 
 #: The longest duration, in seconds: a year, and a leap day.
 LONGEST = 366 * 86400.0
@@ -40,23 +41,29 @@ def duration(name: str, text: object) -> float:
     :param name: what it is the value of.
     :raises ValueError: if it stands for none, or for more than `LONGEST`.
     """
-    wrong = ValueError(f"{name} must be a duration such as 300ms, 5min or 2h 30min, not {_short(text)}")
-    if not isinstance(text, str) or len(text) > _MOST_CHARACTERS:
-        raise wrong
+    seconds = _seconds(text) if isinstance(text, str) and len(text) <= _MOST_CHARACTERS else None
+    if seconds is None:
+        raise ValueError(f"{name} must be a duration such as 300ms, 5min or 2h 30min, not {_short(text)}")
+    if seconds > LONGEST:
+        raise ValueError(f"{name} must be at most {LONGEST / 86400:.0f} days, not {_short(text)}")
+    return seconds
+
+
+@lru_cache(1024)
+def _seconds(text: str) -> float | None:
+    """
+    The seconds that a text stands for; None if it stands for none.
+    """
     if text.strip() == "0":
         return 0.0
     seconds, at = 0.0, 0
     while at < len(text):
         part = _PART.match(text, at)
         if part is None or part[2] not in _UNITS:
-            raise wrong
+            return None
         seconds += float(part[1]) * _UNITS[part[2]]
         at = part.end()
-    if not text:
-        raise wrong
-    if seconds > LONGEST:
-        raise ValueError(f"{name} must be at most {LONGEST / 86400:.0f} days, not {_short(text)}")
-    return seconds
+    return seconds if text else None
 
 
 def _short(value: object) -> str:

@@ -16,10 +16,12 @@ from connlimit import _descriptors, _systemd
 from connlimit._limiter import Limiter
 from connlimit._program import Program
 from connlimit._service import LimitedService
+from connlimit._system.clock import clock_of
 from connlimit._toml import ConfigError
 from connlimit.semaphores._config import Config, read
-from connlimit.semaphores._http import SemaphoreSite
-from connlimit.semaphores._store import IStore, Unavailable
+from connlimit.semaphores.server.facts import holders, semaphore_facts
+from connlimit.semaphores.server.site import SemaphoreSite
+from connlimit.semaphores.server.store import IStore, Unavailable
 
 #: Seconds that the last answers may take to reach their clients.
 _FLUSH = 5.0
@@ -69,7 +71,7 @@ class SemaphoreProgram(Program):
         self._polls_timeout = polls_timeout
         self._is_configured = False
         self._configuring: Deferred[None] | None = None
-        self._site = SemaphoreSite(store, reactor)
+        self._site = SemaphoreSite(store, clock_of(reactor))
         # Only so that the last descriptors are not taken: each request that waits for a lock is a connection.
         descriptors = _descriptors.limit()
         room = None if descriptors is None else descriptors - _descriptors.reserve(descriptors)
@@ -86,11 +88,11 @@ class SemaphoreProgram(Program):
         :param with_holders: whether to tell who holds them; whoever knows a peer's number can act for it.
         """
         now = self._store.seconds()
-        facts = list(self._store.state.facts(now))
+        state = self._store.state
+        facts = semaphore_facts(state, now)
         if with_holders:
-            holders = self._store.state.holders(now, _SHOWN)
             for each in facts:
-                each["holders"] = holders.get(each["name"], [])
+                each["holders"] = holders(state, each["name"], now, _SHOWN)
         return facts
 
     def privilegedStartService(self) -> None:

@@ -14,11 +14,11 @@ from connlimit._endpoints import server_endpoint, status_endpoint
 from connlimit._options import ProgramOptions
 from connlimit._program import CannotStart, Program
 from connlimit._sharing import renamed
+from connlimit._system.clock import clock_of
 from connlimit._toml import ConfigError
 from connlimit.semaphores._config import read
-from connlimit.semaphores._program import SemaphoreProgram
-from connlimit.semaphores._state import State
-from connlimit.semaphores._store import IStore, MemoryStore
+from connlimit.semaphores.server.state import State
+from connlimit.semaphores.server.store import IStore, MemoryStore
 from connlimit.status import status_service
 
 _LISTEN = "tcp:8000:interface=127.0.0.1"
@@ -89,10 +89,23 @@ class Options(ProgramOptions):
             self["endpoints"] = [server_endpoint(reactor, each) for each in self["listen"] or [_LISTEN]]
             self["status-endpoint"] = status_endpoint(reactor, self["status"]) if self["status"] else None
             self["kept"] = _store(self["store"], State(), reactor)
+            _demand_httptools()
         except ConfigError as error:
             raise CannotStart("\n".join(f"connlimit-semaphores: {each}" for each in error.errors)) from None
         except ValueError as error:
             raise usage.UsageError(str(error)) from None
+
+
+def _demand_httptools() -> None:
+    """
+    :raises ValueError: if what reads requests is not installed.
+    """
+    try:
+        import httptools  # noqa: F401
+    except ImportError:
+        raise ValueError(
+            "connlimit-semaphores needs httptools: pip install 'connlimit[semaphores]'"
+        ) from None
 
 
 def _store(url: str | None, state: State, reactor: Any) -> IStore:
@@ -100,9 +113,9 @@ def _store(url: str | None, state: State, reactor: Any) -> IStore:
     :raises ValueError: if the URL is wrong, or what it takes is not installed.
     """
     if url is None:
-        return MemoryStore(state, reactor)
+        return MemoryStore(state, clock_of(reactor))
     try:
-        from connlimit.semaphores._redis_store import RedisStore
+        from connlimit.semaphores.server.redis_store import RedisStore
     except ImportError:
         raise ValueError("--store needs txredisapi: pip install 'connlimit[redis]'") from None
     try:
@@ -117,6 +130,9 @@ def makeService(options: Options) -> Program:
     The service that the options ask for.
     """
     from twisted.internet import reactor
+
+    # This needs an extra, and --help does not.
+    from connlimit.semaphores._program import SemaphoreProgram
 
     _descriptors.raise_limit()
     config = options["semaphores"]

@@ -9,10 +9,12 @@ from html import escape
 from typing import Any
 
 #: What the page may load: nothing but its own icon.
-POLICY = (
-    b"default-src 'none'; style-src 'unsafe-inline'; img-src 'self'; base-uri 'none'; form-action 'none';"
-    b" frame-ancestors 'none'"
+_POLICY = (
+    "default-src 'none'; style-src 'unsafe-inline'; img-src 'self'; base-uri 'none'; form-action 'none';"
+    " frame-ancestors 'none'"
 )
+
+HEADERS = (("Content-Security-Policy", _POLICY),)
 
 NOT_FOUND = """\
 <!DOCTYPE html>

@@ -4,6 +4,7 @@ Where the state of the semaphores is kept: in the memory of this process.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +13,7 @@ from twisted.internet.defer import Deferred, maybeDeferred, succeed
 from twisted.internet.interfaces import IDelayedCall, IReactorTime
 from zope.interface import Attribute, Interface, implementer
 
-from connlimit.semaphores._state import State
+from connlimit.semaphores.server.state import State
 
 
 class Unavailable(Exception):
@@ -28,11 +29,12 @@ class IStore(Interface):
 
     state: State = Attribute("the state, as far as it is known here")
 
-    def submit(operation: str, *arguments: object) -> Deferred[Any]:
+    def submit(operation: str, *arguments: Any) -> Any:
         """
         Carry out an operation of `State`.
 
-        :return: fires with its result; fails with `Rejected` or `Unavailable`.
+        :return: its result, or a Deferred if that takes time; it can fail with `Rejected` or `Unavailable`.
+        :raises Rejected: if that is known at once.
         """
 
     def seconds() -> float:
@@ -55,20 +57,18 @@ class Timer:
         self._store = store
         self._clock = clock
         self._call: IDelayedCall | None = None
+        self._due_at = math.inf
 
     def set(self) -> None:
         """
-        Look anew when something is due. What is no more due then is found out when the time comes.
+        Look again when something is due. What is not due any more is found out when the time comes.
         """
         due = self._store.state.next_event()
-        if due is None:
+        if due is None or due >= self._due_at:
             return
-        wait = max(0.0, due - self._store.seconds())
-        if self._call is not None and self._call.active():
-            if self._call.getTime() <= self._clock.seconds() + wait:
-                return
-            self._call.cancel()
-        self._call = self._clock.callLater(wait, self._due)
+        self.cancel()
+        self._due_at = due
+        self._call = self._clock.callLater(max(0.0, due - self._store.seconds()), self._due)
 
     def cancel(self) -> None:
         """
@@ -77,9 +77,11 @@ class Timer:
         if self._call is not None and self._call.active():
             self._call.cancel()
         self._call = None
+        self._due_at = math.inf
 
     def _due(self) -> None:
-        self._store.submit("nothing").addErrback(lambda failure: failure.trap(Unavailable))
+        self._due_at = math.inf
+        maybeDeferred(self._store.submit, "nothing").addErrback(lambda failure: failure.trap(Unavailable))
 
 
 @implementer(IStore)
@@ -98,13 +100,14 @@ class MemoryStore:
         self.seconds = seconds
         self._timer = Timer(self, clock)
 
-    def submit(self, operation: str, *arguments: object) -> Deferred[Any]:
+    def submit(self, operation: str, *arguments: Any) -> Any:
         """
         See `IStore.submit`.
         """
-        done: Deferred[Any] = maybeDeferred(self.state.apply, self.seconds(), operation, list(arguments))
-        self._timer.set()
-        return done
+        try:
+            return self.state.apply(self.seconds(), operation, arguments)
+        finally:
+            self._timer.set()
 
     def close(self) -> Deferred[None]:
         """

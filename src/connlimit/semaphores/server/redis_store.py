@@ -1,0 +1,368 @@
+"""
+Where the state of the semaphores is kept: in a Redis, so that it outlives this process and others see it too.
+
+What Redis keeps is the order of the operations: a log to which each server adds its own, and of which each
+carries out all. The same operations in the same order lead to the same state everywhere, so that every server
+can answer for all. From time to time one of them writes the state down, and the operations before it are
+dropped. What changes nothing is not added: a server that is asked looks what others did, and answers then.
+
+Each operation has a time, which goes by the servers' monotonic clocks: each says how late it is by its own,
+and the latest counts. So it does not matter what Redis's clock does; while no server runs, no time goes by.
+
+A server that finds that Redis has lost its memory, or a part of it, writes down the state that it has itself.
+If several do, the first counts, and the others take it over.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import secrets
+import time
+from collections.abc import Iterator
+from importlib.resources import files
+from typing import Any
+
+import attrs
+from twisted.internet.defer import Deferred, ensureDeferred, succeed
+from twisted.internet.interfaces import IDelayedCall
+from twisted.logger import Logger
+from twisted.python.failure import Failure
+from zope.interface import implementer
+
+from connlimit._redis import Redis, describe
+from connlimit._redis_address import RedisAddress
+from connlimit._system.bounded_log import BoundedLog
+from connlimit._system.clock import clock_of
+from connlimit.semaphores.server.records import Rejected
+from connlimit.semaphores.server.state import QUESTIONS, State
+from connlimit.semaphores.server.store import IStore, Timer, Unavailable
+
+_PREFIX = "connlimit:{semaphores}"
+
+_SCRIPT = files(__package__).joinpath("log.lua").read_text()
+
+#: Seconds between two looks at what others did, if no notification comes.
+_POLL = 1.0
+
+#: Seconds in which Redis must answer a question, however many of them it takes to get somewhere.
+_PATIENCE = 3.0
+
+#: How many bytes an operation can have that a client asked for.
+MOST_BYTES = 1024
+
+#: How many operations, and how many bytes of them, the log has before the state is written down; or as many
+#: as the state has, if that is more.
+_KEPT, _KEPT_BYTES = 2000, 1 << 20
+
+#: How many operations are added, and how many are read, by one question.
+_AT_ONCE = 1000
+
+#: How many records of the state, and how many bytes, are on one page of it; how many pages are asked for, and
+#: written, by one question.
+_RECORDS, _PAGE, _PAGES_READ, _PAGES_WRITTEN = 500, 1 << 16, 8, 2
+
+#: How many bytes an answer of Redis can have.
+_LONGEST = 1 << 26
+
+_AWAY = "Redis at {address} cannot be used: {why}"
+
+
+@attrs.define
+class _Question:
+    """
+    What is answered when it is known what others did.
+
+    :ivar text: the operation for the log, if there is no reason against it then; None if it changes nothing.
+    """
+
+    operation: str
+    arguments: tuple[Any, ...]
+    token: str
+    text: str | None
+
+
+@implementer(IStore)
+class RedisStore:
+    """
+    A state that all servers have which use the same database of the same Redis.
+    """
+
+    def __init__(self, state: State, url: str, reactor: Any) -> None:
+        """
+        :param url: see `RedisAddress.from_url`.
+        :raises ValueError: if the URL is wrong.
+        """
+        self.state = state
+        self._address = RedisAddress.from_url(url)
+        self._clock = clock_of(reactor)
+        self._member = secrets.token_hex(8)
+        log, draft = f"{_PREFIX}:log", f"{_PREFIX}:draft:{self._member}"
+        self._keys = [log, f"{_PREFIX}:state", f"{_PREFIX}:about", draft]
+        self._redis = Redis(self._address, reactor, log, self._hear, _LONGEST)
+        self._log = BoundedLog(Logger(), self._clock)
+        # What is known here: the first so many operations of a history, and how the last of them begins.
+        self._history, self._seen, self._mark = "", 0, ""
+        # The time of the last of them, in ms, and when it was seen by the monotonic clock.
+        self._time, self._time_seen = 0, time.monotonic()
+        self._count = 0
+        self._queue: list[str] = []
+        self._questions: list[_Question] = []
+        self._asked: dict[str, Deferred[Any]] = {}
+        self._exchanging = False
+        self._look_again = False
+        self._is_writing = False
+        self._closed = False
+        self._timer = Timer(self, self._clock)
+        self._next_look: IDelayedCall | None = None
+
+    def submit(self, operation: str, *arguments: Any) -> Any:
+        """
+        See `IStore.submit`.
+        """
+        self._count += 1
+        token = f"{self._member}:{self._count}"
+        text = None
+        if operation not in QUESTIONS:
+            text = json.dumps([token, operation, arguments], separators=(",", ":"), ensure_ascii=False)
+            if self.state.refusal(operation, arguments) is None:
+                self._check_length(operation, text)
+                self._queue.append(text)
+            else:
+                self._questions.append(_Question(operation, arguments, token, text))
+        else:
+            self._questions.append(_Question(operation, arguments, token, None))
+        done = self._asked[token] = Deferred()
+        self._look()
+        return done
+
+    def seconds(self) -> float:
+        """
+        See `IStore.seconds`.
+        """
+        return self._time / 1000 + max(0.0, time.monotonic() - self._time_seen)
+
+    def close(self) -> Deferred[None]:
+        """
+        See `IStore.close`.
+        """
+        self._closed = True
+        self._timer.cancel()
+        if self._next_look is not None:
+            self._next_look.cancel()
+            self._next_look = None
+        self._redis.hang_up()
+        return succeed(None)
+
+    def _check_length(self, operation: str, text: str) -> None:
+        """
+        :raises Rejected: if an operation takes more of the log than is given to a client.
+        """
+        length = len(text.encode())
+        if length > MOST_BYTES and operation != "configure":
+            raise Rejected(
+                413, f"A request can have {MOST_BYTES} bytes in the store at most; this one has {length}."
+            )
+
+    # What is said to Redis, one thing at a time
+
+    def _hear(self, notification: str) -> None:
+        """
+        Others did something, perhaps what is known here already.
+        """
+        history, _, there = notification.partition(" ")
+        if history != self._history or not there.isdigit() or int(there) > self._seen:
+            self._look()
+
+    def _look(self) -> None:
+        """
+        Add what is to be added, and see what is new.
+        """
+        if self._exchanging or self._closed:
+            self._look_again = True
+            return
+        if self._next_look is not None:
+            self._next_look.cancel()
+            self._next_look = None
+        self._exchanging = True
+        self._look_again = False
+        operations, self._queue = self._queue[:_AT_ONCE], self._queue[_AT_ONCE:]
+        questions, self._questions = self._questions, []
+        exchanging = ensureDeferred(self._exchange(operations, questions))
+        exchanging.addCallbacks(self._exchanged, self._failed, errbackArgs=(operations, questions))
+        exchanging.addErrback(lambda failure: self._log.failure("an exchange failed", failure))
+
+    async def _exchange(self, operations: list[str], questions: list[_Question]) -> None:
+        now: object = int(self.seconds() * 1000) if operations or questions else ""
+        limits = [_AT_ONCE, _KEPT, _KEPT_BYTES]
+        while True:
+            known = [self._history, self._seen, self._mark]
+            answer = await self._ask("add", *known, self._member, now, *limits, *operations)
+            word = answer[0] if answer else None
+            if word == "lost":
+                await self._write(f"h{secrets.token_hex(20)}")
+                self._log.warn(
+                    "Redis at {address} has lost what it knew; it is told again", address=self._address
+                )
+            elif word == "state":
+                await self._read(answer[1], int(answer[2]), str(answer[3] or ""))
+            elif word == "ok":
+                operations = []
+                self._history, last_time, there, writes, *entries = answer[1:]
+                for entry in entries:
+                    self._carry_out(entry)
+                if self._seen >= int(there):
+                    break
+            else:
+                raise ValueError(f"it answers {answer!r:.100}")
+        self._time, self._time_seen = max(self._time, int(last_time)), time.monotonic()
+        for question in questions:
+            self._answer(question)
+        if int(writes) and not self._is_writing:
+            self._is_writing = True
+            ensureDeferred(self._write("")).addBoth(self._written)
+
+    async def _ask(self, *arguments: object) -> Any:
+        """
+        What the script returns. Redis has its time for each answer, and not for all together.
+        """
+        asking: Deferred[Any] = ensureDeferred(self._redis.eval(_SCRIPT, self._keys, arguments))
+        return await asking.addTimeout(_PATIENCE, self._clock, _too_late)
+
+    async def _read(self, history: str, start: int, mark: str) -> None:
+        """
+        Begin with the state that was written down last; not if another was written down meanwhile.
+        """
+        state, at, there = State(), 0, 1
+        arguments = ["read", history, start]
+        while at < there:
+            pages = await self._ask(*arguments, at, _PAGES_READ)
+            if not pages:
+                return
+            there = int(pages[0])
+            for page in pages[1:]:
+                for record in json.loads(page):
+                    state.add(record)
+            at += _PAGES_READ
+        self.state.become(state)
+        self._history, self._seen, self._mark = history, start, mark
+
+    async def _write(self, new_history: str) -> None:
+        """
+        Write the state down as it is now, while it may go on changing.
+        """
+        known = [self._history, self._seen]
+        mark, now = self._mark, self._time
+        count = size = 0
+        written: list[str] = []
+        for page, records in pages(self.state.records()):
+            written.append(page)
+            count, size = count + records, size + len(page)
+            if len(written) >= _PAGES_WRITTEN:
+                await self._ask("draft", *known, self._member, *written)
+                written = []
+        await self._ask("draft", *known, self._member, *written)
+        await self._ask("keep", *known, mark, now, new_history, count, size)
+
+    def _written(self, result: object) -> None:
+        # A failure matters to nobody: somebody will write the state down when there is more.
+        self._is_writing = False
+
+    # What comes of it
+
+    def _carry_out(self, entry: str) -> None:
+        """
+        Carry out an operation of the log.
+        """
+        now, _, text = entry.partition(" ")
+        token, operation, arguments = json.loads(text)
+        self._seen += 1
+        self._mark = entry.partition(",")[0]
+        self._time, self._time_seen = int(now), time.monotonic()
+        # Whatever happens is the same everywhere, and nothing that comes after it can be left out.
+        self._finish(token, operation, arguments)
+
+    def _answer(self, question: _Question) -> None:
+        """
+        Answer what can be answered now that it is known what others did.
+        """
+        if question.text is None:
+            self._finish(question.token, question.operation, question.arguments)
+            return
+        try:
+            self.state.apply(self._time / 1000, "nothing", ())
+            reason = self.state.refusal(question.operation, question.arguments)
+            if reason is not None:
+                raise reason
+            self._check_length(question.operation, question.text)
+        except Rejected as error:
+            self._fire(question.token, Failure(error))
+        else:
+            self._queue.append(question.text)
+
+    def _finish(self, token: str, operation: str, arguments: Any) -> None:
+        result: Any
+        try:
+            result = self.state.apply(self._time / 1000, operation, arguments)
+        except Rejected as error:
+            result = Failure(error)
+        except Exception:
+            result = Failure()
+            self._log.failure("{operation} cannot be carried out", result, operation=operation)
+        self._fire(token, result)
+
+    def _fire(self, token: str, result: Any) -> None:
+        done = self._asked.pop(token, None)
+        if done is not None and not done.called:
+            done.callback(result)
+
+    def _exchanged(self, result: None) -> None:
+        self._exchanging = False
+        self._log.over(_AWAY, "Redis at {address} is back", address=self._address)
+        if self._closed:
+            return
+        self._redis.listen(_PATIENCE)
+        self._timer.set()
+        if self._queue or self._questions or self._look_again:
+            self._look()
+        else:
+            self._next_look = self._clock.callLater(_POLL, self._look_now)
+
+    def _look_now(self) -> None:
+        self._next_look = None
+        self._look()
+
+    def _failed(self, failure: Failure, operations: list[str], questions: list[_Question]) -> None:
+        self._exchanging = False
+        self._redis.hang_up()
+        why = describe(failure.value or ValueError())
+        if not self._closed:
+            self._log.error(_AWAY, address=self._address, why=why)
+        tokens = [json.loads(text)[0] for text in (*operations, *self._queue)]
+        tokens += [each.token for each in (*questions, *self._questions)]
+        self._queue, self._questions = [], []
+        for token in tokens:
+            self._fire(token, Failure(Unavailable(f"The store cannot be used now: {why}")))
+        if not self._closed:
+            # Not all at once, when it is back.
+            self._next_look = self._clock.callLater(random.uniform(0.5, 1) * _POLL, self._look_now)
+
+
+def pages(records: Iterator[list[Any]]) -> Iterator[tuple[str, int]]:
+    """
+    Records as JSON, so many on a page, and how many these are.
+    """
+    page: list[str] = []
+    size = 0
+    for record in records:
+        page.append(json.dumps(record, separators=(",", ":"), ensure_ascii=False))
+        size += len(page[-1])
+        if len(page) >= _RECORDS or size >= _PAGE:
+            yield f"[{','.join(page)}]", len(page)
+            page, size = [], 0
+    if page:
+        yield f"[{','.join(page)}]", len(page)
+
+
+def _too_late(result: object, seconds: float) -> object:
+    raise TimeoutError(f"no answer within {seconds:g} s")
