@@ -515,16 +515,24 @@ def test_limiters_that_come_and_go_are_followed() -> None:
     assert not [each for each in first.observers if isinstance(each, Watch)]
 
 
+def test_a_changed_setting_is_shown_at_once() -> None:
+    limiter = Limiter(1)
+    service = StatusService(None, Limited(limiter), False, frozenset())
+    for most in (1, 5, 3):
+        limiter.max_connections = most
+        assert [each["max_connections"] for each in limiters(service, False)] == [most]
+
+
 def test_what_takes_long_to_make_is_made_seldom(monkeypatch: pytest.MonkeyPatch) -> None:
     now, made = [0.0], [0]
     monkeypatch.setattr(_once, "monotonic", lambda: now[0])
 
     async def make() -> int:
         made[0] += 1
-        now[0] += 0.005
+        now[0] += 0.02
         return made[0]
 
-    recent = _once.Recent(make, lambda made: 0.002 if made == 2 else 0.0)
+    recent = _once.Recent(make, lambda made: 0.01 if made == 2 else 0.0)
     ages = []
     for _ in range(4):
         began, before = now[0], made[0]
@@ -532,7 +540,7 @@ def test_what_takes_long_to_make_is_made_seldom(monkeypatch: pytest.MonkeyPatch)
             succeeded(recent.get())
             now[0] += 0.01
         ages.append(round(now[0] - began, 1))
-    assert ages == [0.0, 0.5, 0.7, 0.5]
+    assert ages == [0.0, 0.4, 0.6, 0.4]
 
 
 @ensureDeferred

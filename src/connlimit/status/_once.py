@@ -67,8 +67,8 @@ class Recent(Generic[T]):
     """
     What a coroutine makes, made again when it is asked for and the last is too old.
 
-    It may be a hundred times as old as it took seconds to make, at least a tenth of a second and at most a
-    second: so it is fresh where it costs little, and costs little wherever it is asked for again and again.
+    It may be twenty times as old as it took seconds to make, at least a tenth of a second and at most one: so
+    it is fresh where it costs little, and costs little wherever it is asked for again and again.
     """
 
     def __init__(self, make: Make[T], cost: Callable[[T], float] = lambda made: 0.0) -> None:
@@ -85,7 +85,13 @@ class Recent(Generic[T]):
         """
         last = self._last
         if last.is_made:
-            age = 100 * (last.took + self._cost(last.value))
+            age = 20 * (last.took + self._cost(last.value))
             if monotonic() - last.begun > min(max(age, LEAST_AGE), MOST_AGE):
                 self._last = Once(self._make)
         return self._last.get()
+
+    def forget(self) -> None:
+        """
+        Make it again when it is asked for: what it tells has been changed.
+        """
+        self._last = Once(self._make)

@@ -122,7 +122,7 @@ class StatusService(StreamServerEndpointService):
                 self.watches.pop(name).close()
         for name, limiter in limiters.items():
             if name not in self.watches:
-                self.watches[name] = Watch(limiter, name)
+                self.watches[name] = Watch(limiter, name, self._forget)
 
     def is_draining(self) -> bool:
         """
@@ -143,6 +143,10 @@ class StatusService(StreamServerEndpointService):
         :raises ImportError: without what they need.
         """
         return self._metrics.get()
+
+    def _forget(self) -> None:
+        self._picture.forget()
+        self._metrics.forget()
 
     async def _exposition(self) -> bytes:
         from connlimit import metrics

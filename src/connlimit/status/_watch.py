@@ -50,10 +50,14 @@ class Watch(LimiterObserver):
     :ivar total: how many seconds they have waited in all.
     """
 
-    def __init__(self, limiter: Limiter, name: str | None = None) -> None:
+    def __init__(
+        self, limiter: Limiter, name: str | None = None, changed: Callable[[], None] = lambda: None
+    ) -> None:
         """
         :param name: what it is called where it is shown; its own name if not given.
+        :param changed: called when settings have been changed.
         """
+        self._changed = changed
         self.limiter = limiter
         self.name = limiter.name if name is None else name
         self.samples: deque[Sample] = deque(maxlen=SAMPLES)
@@ -70,6 +74,12 @@ class Watch(LimiterObserver):
         self.counts[bisect_left(BUCKETS, waited)] += 1
         self.total += waited
         self._last.append(waited)
+
+    def reconfigured(self, limiter: Limiter, changes: dict[str, tuple[Any, Any]]) -> None:
+        """
+        See `ILimiterObserver.reconfigured`.
+        """
+        self._changed()
 
     def sample(self) -> None:
         """
