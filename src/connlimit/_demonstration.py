@@ -82,5 +82,6 @@ def hints(listen: list[str], status: str | None) -> tuple[str, ...]:
     return (
         f"look at {url} : a page that takes {SECONDS:g} seconds to make",
         *((f"watch it at http://127.0.0.1:{status.split(':')[1]}/",) if status == STATUS else ()),
-        f"try   for i in 1 2 3 4 5 6; do curl -s -o /dev/null -w '%{{time_total}} s\\n' {url} & done; wait",
+        "try   for i in 1 2 3 4 5 6; do"
+        f" curl -s -o /dev/null -w '%{{http_code}} %{{time_total}} s\\n' {url} & done; wait",
     )
