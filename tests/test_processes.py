@@ -533,6 +533,91 @@ def test_a_worker_that_dies_while_the_file_is_broken_or_not_reloaded_comes_back(
         assert not select.select(clients, [], [], 0.2)[0]
 
 
+def reloaded(program: Program, count: int) -> None:
+    """
+    Wait until the parent and both workers have read the file again so many times.
+    """
+    began = time.monotonic()
+    while program.output.count("was read again") < 3 * count:
+        assert time.monotonic() - began < PATIENCE, program.output
+        time.sleep(0.005)
+
+
+def test_a_storm_of_reloads_while_workers_die_leaves_every_port_served_below_the_limit(folder: Path) -> None:
+    one, two, file = free_port(), free_port(), folder / "connlimit.toml"
+
+    def write(first: int, second: int, name: str, slots: int, when_full: str) -> None:
+        new = file.with_suffix(".new")
+        new.write_text(
+            f"processes = 2\n[limiters.{name}]\nmax_connections = {slots}\n"
+            f'[services.one]\nlisten = "tcp:{first}:interface=127.0.0.1"\nfactory = "named:factory"\n'
+            f'[services.two]\nlisten = "tcp:{second}:interface=127.0.0.1"\nfactory = "named:factory"\n'
+            f'when_full = "{when_full}"\n'
+        )
+        new.replace(file)
+
+    write(one, two, "main", 4, "refuse")
+    with running("connlimit", "--config", str(file), cwd=folder) as program:
+        workers(program, 2)
+        for number in range(150):
+            ports = random.sample([one, two], 2)
+            name, when_full = random.choice(["main", "other"]), random.choice(["refuse", "stop-accepting"])
+            write(*ports, name, random.randint(1, 6), when_full)
+            if number % 10 == 5:
+                file.write_text("nonsense")
+            if number % 50 == 25:
+                pids = dict(re.findall(r"worker (\d+) is process (\d+)", program.output))
+                os.kill(int(pids[random.choice("12")]), signal.SIGKILL)
+            program.process.send_signal(signal.SIGHUP)
+            time.sleep(random.choice([0, 0.001, 0.005, 0.02]))
+        write(one, two, "last", 4, "refuse")
+        program.process.send_signal(signal.SIGHUP)
+        program.wait_for("limiter last is new")
+        for port in (one, two):
+            assert served_at_once(port, 4)
+        with ExitStack() as stack:
+            clients = [stack.enter_context(connected(port)) for port in 10 * [one, two]]
+            for client in clients:
+                client.sendall(b"hello")
+            answered = 0
+            while clients:
+                served = select.select(clients, [], [], PATIENCE)[0]
+                assert 0 < len(served) <= 4
+                for client in served:
+                    assert answer(client)
+                    client.close()
+                    clients.remove(client)
+                    answered += 1
+        assert answered == 20
+        assert "Traceback" not in program.output
+        assert program.terminate() == 0
+
+
+def test_limiters_that_are_no_more_are_forgotten(folder: Path) -> None:
+    file = folder / "connlimit.toml"
+
+    def write(name: str) -> None:
+        new = file.with_suffix(".new")
+        new.write_text(
+            f"processes = 2\n[limiters.{name}]\nmax_connections = 4\n"
+            f'[services.one]\nlisten = "tcp:0:interface=127.0.0.1"\nfactory = "named:factory"\n'
+        )
+        new.replace(file)
+
+    write("first")
+    with running("connlimit", "--config", str(file), cwd=folder) as program:
+        workers(program, 2)
+        for number in range(1, 121):
+            write(f"limiter{number}")
+            program.process.send_signal(signal.SIGHUP)
+            reloaded(program, number)
+            if number == 20:
+                before = program.resident_memory()
+        # Each that were kept would take seven kilobytes and more.
+        assert program.resident_memory() - before < 400_000
+        assert program.terminate() == 0
+
+
 # What is logged
 
 TELLING = """

@@ -466,6 +466,7 @@ class ConfiguredProgram(Program):
 
     async def _forget(self, limiter: Limiter) -> None:
         del self._shared[limiter]
+        self.role.forget(limiter)
         await close(limiter.limits)
 
     def _tell(self, units: dict[str, ServiceUnit], parts: dict[str, Parts]) -> None:

@@ -203,6 +203,9 @@ def accept_one_by_one(port: Any) -> Any:
     accept = port.doRead
 
     def accept_one() -> None:
+        if not port.socket.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+            port.stopReading()  # another process has closed it
+            return
         port.numberAccepts = 1
         accept()
 

@@ -105,6 +105,7 @@ class Parent(Alone):
         self.ports = OpenedPorts(reactor)
         self.lenders: dict[str, Lender] = {}
         self._keys: dict[Limiter, str] = {}
+        self._departed: dict[Limiter, int] = {}  # the first assignment without it
         self._numbers = count(1)
         self._count = processes
         self._program: Program
@@ -149,8 +150,16 @@ class Parent(Alone):
         """
         See `Alone.is_over`: the workers know that it is no more, and have given back what they had.
         """
-        is_known = all(worker.runs == self.number for worker in self._workers.values())
+        is_known = all(worker.runs >= self._departed.get(limiter, 0) for worker in self._workers.values())
         return limiter not in self._keys or (is_known and self.lenders[self._keys[limiter]].is_over())
+
+    def forget(self, limiter: Limiter) -> None:
+        """
+        See `Alone.forget`.
+        """
+        self._departed.pop(limiter, None)
+        if limiter in self._keys:
+            del self.lenders[self._keys.pop(limiter)]
 
     def plugin(self, service: IService) -> IService:
         """
@@ -219,17 +228,19 @@ class Parent(Alone):
         """
         Have a lender for each limiter, which keeps it whatever its name is.
         """
-        limiters = self._program.all_limiters()
-        for limiter in limiters:
+        for limiter in self._program.all_limiters():
             slots = None if limiter.settings.dry_run else limiter.settings.max_connections
             if limiter not in self._keys:
                 key = self._keys[limiter] = f"{next(self._numbers)}"
                 self.lenders[key] = Lender(key, slots, self._count)
             lender = self.lenders[self._keys[limiter]]
-            lender.depart(limiter not in self._program.limiters.values())
+            is_departing = limiter not in self._program.limiters.values()
+            if is_departing:
+                self._departed.setdefault(limiter, self.number + 1)
+            else:
+                self._departed.pop(limiter, None)
+            lender.depart(is_departing)
             lender.set_slots(slots)
-        for limiter in [each for each in self._keys if each not in limiters]:
-            del self.lenders[self._keys.pop(limiter)]
 
     def _start_worker(self, number: int) -> None:
         self._restarts.pop(number, None)

@@ -53,6 +53,11 @@ class Alone:
         now = limiter.snapshot()
         return not (now.active or now.waiting or now.exempt)
 
+    def forget(self, limiter: Limiter) -> None:
+        """
+        A limiter is no more.
+        """
+
     def watched(self, program: Program) -> Any:
         """
         What has the limiters that are shown.
