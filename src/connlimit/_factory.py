@@ -151,7 +151,9 @@ class LimitingFactory:
         address = connection.address
         if limiter.serve_at_once(connection):
             try:
-                protocol = self.build(address)
+                protocol: IProtocol | None = self.wrappedFactory.buildProtocol(address)
+                if not self._has_built:
+                    self.learn_from(protocol)
             except Exception:
                 self.connection_log.failure(
                     "{factory} failed to build a protocol", factory=self.wrappedFactory
@@ -162,16 +164,6 @@ class LimitingFactory:
             return protocol
         reason = limiter.may_wait(connection)
         return WaitingProtocol(connection) if reason is None else self.build_refusal(address, reason)
-
-    def build(self, address: IAddress) -> IProtocol | None:
-        """
-        The real protocol of a connection, or None.
-        """
-        protocol: IProtocol | None = self.wrappedFactory.buildProtocol(address)
-        if not self._has_built and protocol is not None:
-            self._has_built = True
-            self._learn_from(protocol)
-        return protocol
 
     def departs_on_half_close(self) -> bool:
         """
@@ -184,11 +176,14 @@ class LimitingFactory:
             self._answers = _kinds.factory_answers(self.wrappedFactory)
         return _kinds.refusal_answers(settings.refusal) if self._answers is None else self._answers
 
-    def _learn_from(self, protocol: IProtocol) -> None:
+    def learn_from(self, protocol: IProtocol | None) -> None:
         """
-        Find out whether the first protocol is of a kind that answers. If that changes what those who wait
-        are taken for, looks at the whole line.
+        Find out whether the first protocol is of a kind that answers. If that changes what those
+        who wait are taken for, looks at the whole line.
         """
+        if self._has_built or protocol is None:
+            return
+        self._has_built = True
         before = self.departs_on_half_close()
         answers = _kinds.protocol_answers(protocol)
         if answers is not None:

@@ -184,7 +184,8 @@ class DelegatingProtocol:  # type: ignore[misc]  # connectionMade is for makeCon
         waiting: WaitingProtocol = self.wrappedProtocol
         waiting.stop_watching()
         try:
-            protocol: Any = self.factory.build(self.address)
+            protocol: Any = self.factory.wrappedFactory.buildProtocol(self.address)
+            self.factory.learn_from(protocol)
             if not self._put_in_place(protocol):
                 return
             self.take_names(WaitingProtocol)
