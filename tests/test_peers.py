@@ -47,6 +47,18 @@ def test_a_unix_peer_is_a_user() -> None:
     assert peer(UNIXAddress(b"/socket")) is None
 
 
+def test_a_unix_peer_is_the_address_that_it_has_without_a_limiter() -> None:
+    peer, address = UNIXPeer(b"/socket", 1000), UNIXAddress(b"/socket")
+    assert peer == address
+    assert address == peer
+    assert hash(peer) == hash(address)
+    assert repr(peer) == repr(address)
+    assert peer != UNIXAddress(b"/other")
+    assert UNIXPeer(None, 1000) == UNIXAddress(None) == UNIXPeer(None, 1001)
+    assert UNIXPeer(None, 1000) == UNIXPeer(None, 1000)
+    assert UNIXPeer(None, 1000) != UNIXPeer(None, 1001)
+
+
 def test_networks_say_who_is_in_them() -> None:
     exempt = exempt_or_none(["127.0.0.0/8", "::1", "2001:db8::/32"])
     assert [exempt(at(host)) for host in ("127.9.9.9", "::1", "2001:db8::1", "::ffff:127.0.0.1")] == [

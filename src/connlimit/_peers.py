@@ -34,10 +34,12 @@ class UNIXPeer(UNIXAddress):
         self.uid = uid
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, UNIXPeer) and (self.name, self.uid) == (other.name, other.uid)
+        # To whoever knows of no users it is the address that it would be without us.
+        if isinstance(other, UNIXPeer) and self.uid != other.uid:
+            return False
+        return bool(UNIXAddress(self.name) == other)
 
-    def __hash__(self) -> int:
-        return hash((self.name, self.uid))
+    __hash__ = UNIXAddress.__hash__
 
 
 def prefix_lengths(value: Sequence[int]) -> tuple[int, int]:
