@@ -212,6 +212,13 @@ CONVERSATIONS: dict[str, list[Step]] = {
         ("PUT", "/peers/{1}/C", 1),
         ("PUT", "/peers/{1}/A", 1),
         ("GET", "/peers/{1}/is_acquired", None),
+        ("DELETE", "/peers/{0}", None),
+        ("PUT", "/peers/{1}/B", 2),
+        ("DELETE", "/peers/{1}", None),
+        ("POST", "/new_peer", {"expires_in": "5min"}),
+        ("PUT", "/peers/{2}/B", 1),
+        ("PUT", "/peers/{2}/A", 1),
+        ("PUT", "/peers/{2}/B", 2),
     ],
     "restore": [
         ("POST", "/restore", {"expires_in": "5min", "peer_id": 7, "acquired": {"A": 3, "C": 1}}),

@@ -49,6 +49,8 @@ def test_it_warns_of_a_file_without_semaphores(tmp_path: Path) -> None:
         (["--drain-timeout", "-1"], "--drain-timeout must be a time such as"),
         (["--max-peers", "0"], "--max-peers must be a whole number, 1 or more, not '0'"),
         (["--status", "nonsense"], "--status must be an endpoint"),
+        (["--max-per-peer", "x"], "--max-per-peer must be a whole number, 1 or more, not 'x'"),
+        (["--max-peers", "1", "--store", "redis://localhost"], "--max-peers must be left out with --store"),
         (["--grace", "1", "--store", "redis://localhost"], "--grace must be left out with --store"),
         (["--store", "http://localhost"], "--store must name a Redis"),
         (["--nonsense"], "option --nonsense not recognized"),

@@ -15,7 +15,7 @@ from contextlib import ExitStack, closing
 from pathlib import Path
 
 import pytest
-from support import read_all
+from support import read_all, running
 from test_redis_limit import PATIENCE, Redis
 from test_semaphores_http import Server, in_thread, ours, wait_until_pending
 
@@ -121,6 +121,31 @@ def heartbeat(server: Server, peer: int, times: int) -> None:
         each.start()
     for each in senders:
         each.join(PATIENCE)
+
+
+def test_a_server_without_a_file_leaves_the_semaphores_of_the_store(tmp_path: Path, redis: Redis) -> None:
+    with ours(tmp_path, "--store", redis.url, "--max-peers", "3") as one:
+        holder = one.new_peer()
+        one.acquire(holder, "C")
+        length = redis.ask(b"LLEN", b"connlimit:{semaphores}:log")
+        folder = tmp_path / "other"
+        folder.mkdir()
+        arguments = ["connlimit-semaphores", "--listen", "tcp:0:interface=127.0.0.1", "--store", redis.url]
+        with running(*arguments, cwd=folder) as program:
+            program.wait_for("no such file, so they are those of the store")
+            other = Server(program.port())
+            began = time.monotonic()
+            while other.ask("GET", "/remainder?semaphore=C") != (200, "0"):
+                assert time.monotonic() - began < PATIENCE
+                time.sleep(0.05)
+        # Nor does one say again what is known.
+        with ours(tmp_path, "--store", redis.url) as again:
+            again.program.wait_for("toml: 5 semaphores")
+        assert redis.ask(b"LLEN", b"connlimit:{semaphores}:log") == length
+        assert one.ask("GET", "/remainder?semaphore=A") == (200, "5")
+        one.new_peer()
+        one.new_peer()
+        assert one.ask("POST", "/new_peer", {"expires_in": "1s"})[0] == 429
 
 
 def test_a_change_of_the_file_holds_for_all_servers(tmp_path: Path, redis: Redis) -> None:

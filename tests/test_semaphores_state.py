@@ -313,3 +313,35 @@ def test_a_million_peers_take_no_more_memory_than_those_that_there_may_be() -> N
     for round_ in range(10_000):
         state.apply(0, "heartbeat", [1, 60.0 - round_ / 1000])
     assert len(state._expiries) < 3000
+
+
+def test_a_larger_count_of_what_a_peer_has_violates_the_level_of_that_alone() -> None:
+    state = make()
+    state.apply(0, "acquire", [1, "B", 1, None])
+    state.apply(0, "acquire", [1, "A", 1, None])
+    with pytest.raises(Rejected, match=r"current lock level is 1 the\n +requested lock level was 1\."):
+        state.apply(0, "acquire", [1, "B", 2, None])
+
+
+def test_what_is_due_happens_at_its_own_time_whatever_it_is_noticed_by() -> None:
+    def told(*times: float) -> list[object]:
+        state = make()
+        state.apply(0, "acquire", [1, "A", 5, 10.0])
+        state.apply(0, "acquire", [2, "A", 5, 20.0])
+        state.apply(0, "acquire", [3, "A", 5, None])
+        for time in times:
+            state.apply(time, "nothing", [])
+        return list(state.records())
+
+    assert told(25.0) == told(10.0, 25.0) == told(12.5, 19.0, 21.0, 25.0)
+
+
+def test_a_picture_of_the_state_stays_while_the_state_goes_on() -> None:
+    state = make()
+    state.apply(0, "acquire", [1, "A", 5, None])
+    state.apply(0, "acquire", [2, "A", 1, None])
+    before, records = list(state.records()), state.records()
+    state.apply(1, "remove", [1])
+    state.apply(1, "heartbeat", [3, 5.0])
+    state.apply(1, "configure", [{}, 5])
+    assert list(records) == before

@@ -8,7 +8,7 @@ import signal
 from pathlib import Path
 from typing import Any
 
-from twisted.internet.defer import CancelledError, Deferred, ensureDeferred
+from twisted.internet.defer import CancelledError, Deferred, ensureDeferred, maybeDeferred
 from twisted.internet.task import deferLater
 from twisted.logger import Logger
 
@@ -43,21 +43,23 @@ class SemaphoreProgram(Program):
     def __init__(
         self,
         path: Path,
-        config: Config,
+        config: Config | None,
         endpoints: list[Any],
         store: IStore,
         reactor: Any,
         *,
-        max_peers: int,
+        max_peers: int | None = None,
+        max_per_peer: int | None = None,
         grace: float = 0.0,
         polls_timeout: float = 30.0,
     ) -> None:
         """
         :param path: the file of the semaphores.
-        :param config: what it says.
+        :param config: what it says; None if there is none. Then the semaphores are those that the store has.
         :param endpoints: where to listen.
         :param store: where the semaphores are kept.
-        :param max_peers: how many peers there can be at once.
+        :param max_peers: how many peers there can be at once; None for as many as the store says.
+        :param max_per_peer: how many connections one address can have; None for half of all.
         :param grace: for how many seconds after the start nothing is granted, so that peers can restore.
         :param polls_timeout: how many seconds requests may still wait for their locks at the end.
         """
@@ -71,11 +73,20 @@ class SemaphoreProgram(Program):
         self._polls_timeout = polls_timeout
         self._is_configured = False
         self._configuring: Deferred[None] | None = None
-        self._site = SemaphoreSite(store, clock_of(reactor))
+        self._clock = clock_of(reactor)
+        self._site = SemaphoreSite(store, self._clock)
         # Only so that the last descriptors are not taken: each request that waits for a lock is a connection.
         descriptors = _descriptors.limit()
         room = None if descriptors is None else descriptors - _descriptors.reserve(descriptors)
-        self._limiter = Limiter(max_connections=room, refusal="http", name="requests")
+        if max_per_peer is None and room is not None:
+            max_per_peer = max(1, room // 2)
+        self._limiter = Limiter(
+            max_connections=room,
+            max_per_peer=max_per_peer,
+            over_peer="refuse",
+            refusal="http",
+            name="requests",
+        )
         self.add_limiter(self._limiter)
         self._services = [LimitedService(endpoint, self._site, self._limiter) for endpoint in endpoints]
         for service in self._services:
@@ -101,7 +112,7 @@ class SemaphoreProgram(Program):
         """
         if hasattr(signal, "SIGHUP"):
             signal.signal(signal.SIGHUP, lambda number, frame: self._reactor.callFromThread(self.reload))
-        if not self._config:
+        if self._config is not None and not self._config:
             self._log.warn("{path}: no semaphores configured", path=str(self._path))
         if self._grace:
             self._store.submit("grace", self._grace)
@@ -129,16 +140,22 @@ class SemaphoreProgram(Program):
         self._configuring.addErrback(lambda failure: failure.trap(CancelledError))
 
     async def _configure(self) -> None:
+        config, max_peers = self._config, self._max_peers
         while True:
             try:
-                await self._store.submit("configure", self._config, self._max_peers)
+                # What is known already is not told again: that would be an operation for all servers.
+                await maybeDeferred(self._store.submit, "nothing")
+                if config is not None and not self._store.state.is_configured_as(config, max_peers):
+                    await maybeDeferred(self._store.submit, "configure", config, max_peers)
                 break
             except Unavailable:
                 self._site.set_ready(self._is_configured)
-                await deferLater(self._reactor, _AGAIN)
+                await deferLater(self._clock, _AGAIN)
         self._is_configured = True
         self._site.set_ready(True)
-        self._log.info("{path}: {count} semaphores", path=str(self._path), count=len(self._config))
+        if config is None:
+            return
+        self._log.info("{path}: {count} semaphores", path=str(self._path), count=len(config))
 
     async def _drain(self, limiter: Limiter) -> None:
         """

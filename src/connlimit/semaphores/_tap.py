@@ -17,7 +17,7 @@ from connlimit._sharing import renamed
 from connlimit._system.clock import clock_of
 from connlimit._toml import ConfigError
 from connlimit.semaphores._config import read
-from connlimit.semaphores.server.state import State
+from connlimit.semaphores.server.state import MOST_PEERS, State
 from connlimit.semaphores.server.store import IStore, MemoryStore
 from connlimit.status import status_service
 
@@ -54,7 +54,18 @@ class Options(ProgramOptions):
             "after the start, give those who held locks so long to say so before others get any [seconds]",
         ],
         ["store", None, None, "keep the state in the Redis at this URL, which several servers can share"],
-        ["max-peers", None, "100000", "how many peers there can be at once"],
+        [
+            "max-peers",
+            None,
+            None,
+            f"how many peers there can be at once [default: {MOST_PEERS}, or as many as the store says]",
+        ],
+        [
+            "max-per-peer",
+            None,
+            None,
+            "how many connections one address can have at once [default: half of all that there can be]",
+        ],
         [
             "drain-timeout",
             None,
@@ -79,13 +90,18 @@ class Options(ProgramOptions):
             raise usage.UsageError("--status-host needs --status, such as --status tcp:8081")
         for name in ("grace", "drain-timeout"):
             self[f"{name}-seconds"] = self.time(name)
-        self["most-peers"] = self.count("max-peers")
+        for name in ("max-peers", "max-per-peer"):
+            self[f"{name}-count"] = None if self[name] is None else self.count(name)
         if self["store"] and self["grace-seconds"]:
             raise usage.UsageError("--grace must be left out with --store, which forgets nobody")
         is_named = self["config"] is not None
         self["path"] = Path(self["config"] if is_named else _CONFIG)
         try:
             self["semaphores"] = read(self["path"]) if is_named or self["path"].exists() else None
+            if self["store"] and self["max-peers"] and self["semaphores"] is None:
+                raise usage.UsageError(
+                    "--max-peers must be left out with --store and no file, which change nothing"
+                )
             self["endpoints"] = [server_endpoint(reactor, each) for each in self["listen"] or [_LISTEN]]
             self["status-endpoint"] = status_endpoint(reactor, self["status"]) if self["status"] else None
             self["kept"] = _store(self["store"], State(), reactor)
@@ -138,16 +154,18 @@ def makeService(options: Options) -> Program:
     config = options["semaphores"]
     program = SemaphoreProgram(
         options["path"],
-        config or {},
+        {} if config is None and options["store"] is None else config,
         options["endpoints"],
         options["kept"],
         reactor,
-        max_peers=options["most-peers"],
+        max_peers=options["max-peers-count"],
+        max_per_peer=options["max-per-peer-count"],
         grace=options["grace-seconds"],
         polls_timeout=options["drain-timeout-seconds"],
     )
     if config is None:
-        program.hints = (f"{options['path']}: there is no such file, so there are no semaphores",)
+        there_are = "there are no semaphores" if options["store"] is None else "they are those of the store"
+        program.hints = (f"{options['path']}: there is no such file, so {there_are}",)
     if options["status-endpoint"] is not None:
         program.status = status_service(options["status-endpoint"], program, hosts=options["status-host"])
     return program

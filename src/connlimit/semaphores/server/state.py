@@ -86,6 +86,17 @@ class State:
             return error
         return None
 
+    def is_configured_as(self, semaphores: Mapping[str, tuple[int, int]], max_peers: int | None) -> bool:
+        """
+        Whether to configure that would change nothing.
+        """
+        configured = {
+            name: (each.full_count, each.level)
+            for name, each in self.semaphores.items()
+            if each.is_configured
+        }
+        return configured == dict(semaphores) and max_peers in (None, self._max_peers)
+
     def next_event(self) -> float | None:
         """
         When something is due next, in seconds; None if nothing is.
