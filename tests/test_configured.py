@@ -225,6 +225,28 @@ def test_a_limiter_that_comes_back_counts_whom_it_still_serves(configured: Runni
     assert [ask(client) for client in clients[:2]] == 2 * [b"hello you\r\n"]
 
 
+def test_at_the_end_those_of_a_limiter_that_is_no_more_may_finish_and_nothing_is_opened(
+    configured: Running,
+) -> None:
+    configured.write("drain_timeout = 20\n[limiters.main]\nmax_connections = 2\n" + configured.service())
+    configured.reload()
+    with configured.connect() as old:
+        assert ask(old) == b"hello you\r\n"
+        configured.write(
+            "drain_timeout = 20\n[limiters.other]\nmax_connections = 2\n"
+            + configured.service().replace("main", "other")
+        )
+        configured.reload()
+        configured.program.process.send_signal(signal.SIGTERM)
+        configured.program.wait_for("main: 1 connections may finish")
+        configured.program.process.send_signal(signal.SIGHUP)
+        assert ask(old) == b"hello you\r\n"
+        with pytest.raises(ConnectionRefusedError):
+            configured.connect()
+        assert ask(old) == b"hello you\r\n"
+    assert configured.program.process.wait(PATIENCE) == 0
+
+
 def test_services_can_swap_their_ports(configured: Running) -> None:
     limits = "[limiters.main]\nmax_connections = 9\n"
     one, two = configured.port, configured.other

@@ -295,7 +295,7 @@ class ConfiguredProgram(Program):
 
         :return: fires when that is done; at once if it is being read already, and will be once more.
         """
-        if self._is_reloading:
+        if self._is_reloading or self._is_stopping:
             self._again = True
             return succeed(None)
         return ensureDeferred(self._reload())
@@ -310,7 +310,7 @@ class ConfiguredProgram(Program):
         finally:
             _systemd.notify("READY=1")
             self._is_reloading = False
-            if self._again:
+            if self._again and not self._is_stopping:
                 self._again = False
                 self.reload()
 

@@ -130,6 +130,8 @@ class Program(MultiService):
         await super().stopService()
         await self.role.stop(self)
         limiters = list(self.role.watched(self).limiters.values())
+        if self.role.serves:
+            limiters += [each for each in self.all_limiters() if each not in limiters]
         await gatherResults([ensureDeferred(self._drain(each)) for each in limiters])
         if self.status is not None:
             await self.status.stopService()
