@@ -31,6 +31,7 @@ from test_redis_limit import (
     Asker,
     Backend,
     Redis,
+    Service,
     administer,
     failures,
     redis,
@@ -668,3 +669,115 @@ async def test_reset_and_list_take_names_as_they_are(redis: Redis) -> None:
         limit.release(None)
         await patiently(limit.close())
     redis.ask(b"DEL connlimit:{semaphores}:log")
+
+
+@ensureDeferred
+async def test_a_machine_that_was_suspended_has_no_lease_when_it_wakes(
+    redis: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limit = redis_limit.RedisLimit("suspended", 5, url=redis.url, ttl=TTL)
+    limit.subscribe(lambda: limit.in_use or limit.try_acquire(None))
+    assert not limit.try_acquire(None)
+    await until(lambda: limit.in_use == 1 and limit.held > 1)
+    # The clock that stands still meanwhile is that of the reactor's timers.
+    monkeypatch.setattr(redis_limit, "since_boot", lambda: since_boot() + 60)
+    assert not limit.try_acquire(None)
+    with Log() as log:
+        await until(lambda: limit.outlived)
+    assert limit.outlived == 1
+    assert log.texts() == [
+        "limit suspended: connections that have outlived their lease: 1. They count again, and 0 more are "
+        "served than there are slots"
+    ]
+    assert limit.try_acquire(None)
+    limit._ask_soon(0)
+    question = limit._question
+    await until(lambda: limit._question > question and not limit._asking)
+    listed = await deferToThread(administer, redis.url, "list")
+    assert "of its own setting held, connections that have outlived their lease: 1\n" in listed.stdout
+    assert ", 2 in use\n" in listed.stdout
+    limit.release(None)
+    limit.release(None)
+    await patiently(limit.close())
+
+
+@pytest.mark.parametrize("when_unreachable", ["hold", "local=2", "refuse"])
+@ensureDeferred
+async def test_who_has_leased_nothing_need_not_wait_for_the_end_of_a_lease(
+    when_unreachable: str, settled_redis: Redis, tmp_path: Path
+) -> None:
+    redis = Redis(tmp_path).start()
+    one, other = (
+        redis_limit.RedisLimit("x", 3, url=redis.url, ttl=30, when_unreachable=when_unreachable)
+        for _ in range(2)
+    )
+    one.subscribe(lambda: all(one.try_acquire(None) for _ in range(3)))
+    served = []
+    assert not one.try_acquire(None)
+    await until(lambda: one.in_use == 3)
+    other.subscribe(lambda: other.try_acquire(None) and served.append(since_boot()))
+    assert not other.try_acquire(None)
+    await until(lambda: other._queued)
+    one._subscribers.clear()
+    redis.stop()
+    began = since_boot()
+    if when_unreachable == "local=2":
+        await until(lambda: len(served) == 2)
+        assert 0.9 < served[0] - began < 3
+        assert not other.try_acquire(None)
+    elif when_unreachable == "refuse":
+        await until(other.refuses)
+        assert 0.9 < since_boot() - began < 3
+        # Who has slots keeps them, and those who wait there wait for these.
+        assert not one.refuses()
+    else:
+        await deferLater(reactor, 2)
+        assert not served
+        assert not other.refuses()
+    one.release(None)
+    assert one.try_acquire(None)
+    assert one.in_use == 3
+    assert not one.try_acquire(None)
+    await patiently(one.close())
+    await patiently(other.close())
+
+
+@ensureDeferred
+async def test_sentinels_with_a_password_are_asked_with_it(tmp_path: Path) -> None:
+    service = Service(tmp_path).start()
+    try:
+        assert service.sentinel.ask(b"ACL SETUSER default on resetpass >guarded") == b"+OK"
+        (tmp_path / "password").write_text("guarded\n")
+        for parameters, may in (("", False), (f"&sentinel_password_file={tmp_path}/password", True)):
+            limit = redis_limit.RedisLimit("x", 5, url=f"{service.url}?ttl={TTL}{parameters}")
+            limit.subscribe(partial(limit.try_acquire, None))
+            with Log() as log:
+                assert not limit.try_acquire(None)
+                await until(lambda limit=limit, may=may: limit.in_use if may else failures(limit) >= 2)
+            assert any("NOAUTH" in text for text in log.texts()) is not may
+            await patiently(limit.close())
+    finally:
+        service.stop()
+
+
+@ensureDeferred
+async def test_connections_that_are_killed_are_made_again_without_a_word(redis: Redis) -> None:
+    limit = redis_limit.RedisLimit("killed", 2, url=redis.url, ttl=TTL)
+    limit.subscribe(lambda: limit.in_use or limit.try_acquire(None))
+    assert not limit.try_acquire(None)
+    await until(lambda: limit.in_use and limit._link.hears(limit.channel))
+    with Log() as log:
+        for kind in (b"normal", b"pubsub"):
+            connection, ear = limit._link.connection, limit._link._ear
+            redis.ask(b"CLIENT KILL TYPE " + kind)
+            await until(
+                lambda connection=connection, ear=ear: (
+                    (limit._link.connection > connection or limit._link._ear is not ear)
+                    and limit._link.hears(limit.channel)
+                )
+            )
+        assert limit.try_acquire(None)
+    assert not log.texts()
+    limit.release(None)
+    limit.release(None)
+    await patiently(limit.close())

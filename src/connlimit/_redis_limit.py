@@ -338,7 +338,7 @@ class RedisLimit:
             self._link.relieve(self, self.name)
         if outlived:
             self._log.warn(
-                "limit {name}: {count} connections have outlived their lease; they count again, and "
+                "limit {name}: connections that have outlived their lease: {count}. They count again, and "
                 "{too_many} more are served than there are slots",
                 name=self.name,
                 count=outlived,

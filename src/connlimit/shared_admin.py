@@ -125,7 +125,7 @@ async def _lines(reactor: Any, redis: Any) -> list[str]:
         total = sum(member["held"] for member in members.values())
         line = f"{name}: {total} of {'its own setting' if slots is None else slots} held"
         if about.get("outlived"):
-            line += f", {about['outlived']} connections have outlived their lease"
+            line += f", connections that have outlived their lease: {about['outlived']}"
         lines.append(line)
         for member in sorted(members):
             record = members[member]
