@@ -326,7 +326,7 @@ def makeService(options: Options, role: Alone | None = None) -> Program:
         elif options["factory"] is not None:
             factory = options["served"]
         else:
-            factory = _demonstration.site(limiter, reactor)
+            factory = _demonstration.site(limiter, reactor, options["status"])
             program.hints = _demonstration.hints(options["listen"], options["status"])
         for endpoint in options["endpoints"]:
             LimitedService(endpoint, factory, limiter, when_full=options["when-full"]).setServiceParent(
