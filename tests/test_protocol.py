@@ -233,6 +233,54 @@ class FailingServerTests(LimiterTestCase):
         self.assert_counts(active=1, waiting=1, finished=1)
 
 
+class ExitingServerTests(LimiterTestCase):
+    """
+    A server that calls ``sys.exit`` is one that fails, as it is to the reactor.
+    """
+
+    def exit_in(self, method: str) -> type[Protocol]:
+        def leave(*arguments: object) -> None:
+            self.server.protocol = RecordingProtocol
+            raise SystemExit(1)
+
+        return type("Exiting", (Protocol,), {method: leave})
+
+    def test_at_its_turn_it_harms_nobody_else(self) -> None:
+        for method in ("__init__", "makeConnection", "connectionMade", "dataReceived", "logPrefix"):
+            with self.subTest(method=method):
+                self.limited(1)
+                first, second, _ = self.connect(3)
+                second.deliver_although_paused(b"kept")
+                self.server.protocol = self.exit_in(method)
+                self.close(first)
+                self.assertEqual(len(self.flushLoggedErrors(SystemExit)), 1)
+                self.close(second)
+                self.assertEqual(self.served()[-1], 2)
+                self.assert_counts(active=1, waiting=0)
+
+    def test_a_factory_that_exits_has_no_protocol(self) -> None:
+        self.limited(1)
+        self.server.protocol = self.exit_in("__init__")
+        first, second = self.connect(2)
+        self.assertTrue(first.closed)
+        self.assertEqual(len(self.flushLoggedErrors(SystemExit)), 1)
+        self.assert_counts(active=1, finished=1)
+        self.assertFalse(second.closed)
+
+    def test_a_refusal_that_exits_ends_its_client(self) -> None:
+        class Exiting(Protocol):
+            def connectionMade(self) -> None:
+                raise SystemExit(1)
+
+        for refusal in (Factory.forProtocol(Exiting), Factory.forProtocol(self.exit_in("__init__"))):
+            self.limited(0, wait_timeout=1, refusal=refusal)
+            clients = self.connect(3)
+            self.clock.advance(1)
+            self.turn()
+            self.assertTrue(all(client.closed for client in clients))
+            self.flushLoggedErrors(SystemExit)
+
+
 class RefusingTests(LimiterTestCase):
     """
     The refused are closed, whatever their transport makes of it.

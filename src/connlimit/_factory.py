@@ -154,7 +154,7 @@ class LimitingFactory:
                 protocol: IProtocol | None = self.wrappedFactory.buildProtocol(address)
                 if not self._has_built:
                     self.learn_from(protocol)
-            except Exception:
+            except BaseException:
                 self.connection_log.failure(
                     "{factory} failed to build a protocol", factory=self.wrappedFactory
                 )

@@ -150,5 +150,5 @@ def refusal_answers(refusal: object) -> bool:
 def _attribute(of: Any, name: str) -> Any:
     try:
         return getattr(of, name, None)
-    except Exception:  # an application's own property
+    except BaseException:  # an application's own property
         return None

@@ -1,5 +1,7 @@
 """
 One connection's life: the protocol that delegates, first to the one that waits, then to the real one.
+
+Whatever an application raises is caught where it would reach others: even ``SystemExit``, as in the reactor.
 """
 
 from __future__ import annotations
@@ -189,20 +191,20 @@ class DelegatingProtocol:  # type: ignore[misc]  # connectionMade is for makeCon
             if not self._put_in_place(protocol):
                 return
             self.take_names(WaitingProtocol)
-        except Exception:
+        except BaseException:
             self.factory.connection_log.failure("{connection} could not be served", connection=self)
             self.abort()
             return
         try:
             protocol.makeConnection(self.transport)
-        except Exception:
+        except BaseException:
             # As without us: Twisted logs it and leaves the connection open.
             self.factory.connection_log.failure("{protocol} failed to make its connection", protocol=protocol)
         try:
             for data in waiting.kept:
                 if self.connected and not self.transport.disconnecting:
                     self.dataReceived(data)
-        except Exception:
+        except BaseException:
             self.factory.connection_log.failure(
                 "{protocol} failed to receive what it was sent", protocol=protocol
             )
@@ -221,7 +223,7 @@ class DelegatingProtocol:  # type: ignore[misc]  # connectionMade is for makeCon
             protocol.makeConnection(self.transport)
             for data in waiting.kept:
                 self.dataReceived(data)
-        except Exception:
+        except BaseException:
             self.factory.connection_log.failure("{connection} could not be refused", connection=self)
             self.abort()
 
@@ -247,7 +249,7 @@ class DelegatingProtocol:  # type: ignore[misc]  # connectionMade is for makeCon
         self.closing = True
         try:
             self.transport.loseConnection()
-        except Exception:
+        except BaseException:
             self.factory.connection_log.failure("{connection} could not be closed", connection=self)
         self.factory.limiter.clock.callLater(_GRACE, self._abort_if_connected)
 
@@ -275,7 +277,7 @@ class DelegatingProtocol:  # type: ignore[misc]  # connectionMade is for makeCon
         """
         try:
             _sockets.abort(self.transport)
-        except Exception:
+        except BaseException:
             self.factory.connection_log.failure("{connection} could not be ended", connection=self)
 
     def idle(self) -> float | None:
@@ -511,7 +513,7 @@ class _SlotKept(DelegatingProtocol):
     def abort(self) -> None:
         try:
             self.wrappedProtocol.abort_all()
-        except Exception:
+        except BaseException:
             self.factory.connection_log.failure("{connection} could not be ended", connection=self)
         super().abort()
 

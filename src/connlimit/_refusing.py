@@ -30,7 +30,7 @@ def build(limiter: Limiter, address: IAddress, reason: str) -> IProtocol | None:
         return None
     try:
         protocol = limiter.settings.refusal.build_protocol(address, reason, limiter.retry_after())
-    except Exception:
+    except BaseException:
         _log.failure("{refusal} failed to build a protocol", refusal=limiter.settings.refusal)
         return None
     return None if protocol is None else _Refusing(limiter, protocol)
@@ -69,7 +69,7 @@ class _Refusing(Protocol):
         """
         try:
             getattr(self._protocol, method)(argument)
-        except Exception:
+        except BaseException:
             _log.failure("{protocol} failed to refuse a client", protocol=self._protocol)
             abort(self.transport)
 
