@@ -7,15 +7,16 @@ from __future__ import annotations
 import resource
 import socket
 import sys
+import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
 import pytest
 from fakes import RecordingFactory
 from pytest_twisted import ensureDeferred
 from sockets import connected, patiently, until
-from support import running
+from support import PATIENCE, running
 from twisted.internet import reactor
 from twisted.internet.endpoints import serverFromString
 
@@ -141,6 +142,16 @@ def test_anything_else_is_an_error_of_one_sentence(make: object) -> None:
         make()
 
 
+def answer_to(port: int, word: bytes) -> bytes:
+    """
+    What a client is answered; nothing if it is refused.
+    """
+    with socket.create_connection(("127.0.0.1", port), PATIENCE) as client, suppress(ConnectionError):
+        client.sendall(word)
+        return client.recv(100)
+    return b""
+
+
 @pytest.mark.parametrize("when_full", ["refuse", "stop-accepting"])
 def test_a_crowd_of_clients_never_takes_the_last_descriptors(when_full: str, tmp_path: Path) -> None:
     (tmp_path / "storm.py").write_text(STORM)
@@ -167,10 +178,12 @@ def test_a_crowd_of_clients_never_takes_the_last_descriptors(when_full: str, tmp
             assert first.recv(100) == b"still, a file opened"
             for client in clients:
                 client.close()
+            # Those who went are still in the backlog and in the line, until the program has seen each.
+            began = time.monotonic()
+            while answer_to(port, b"now") != b"now, a file opened":
+                assert time.monotonic() - began < PATIENCE
             for _ in range(20):
-                with socket.create_connection(("127.0.0.1", port), 20) as client:
-                    client.sendall(b"after")
-                    assert client.recv(100) == b"after, a file opened"
+                assert answer_to(port, b"after") == b"after, a file opened"
             first.sendall(b"at last")
             assert first.recv(100) == b"at last, a file opened"
             first.close()
