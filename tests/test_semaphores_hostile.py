@@ -9,7 +9,8 @@ import selectors
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import closing, suppress
+from contextlib import ExitStack, closing, suppress
+from pathlib import Path
 
 import pytest
 from support import PATIENCE, read_all
@@ -190,3 +191,29 @@ def test_a_client_that_waits_for_it_is_told_to_send_the_body(server: Server) -> 
             received += client.recv(4096)
     # And not to send one that is too long.
     assert statuses(talk(server, head + b"Content-Length: 9999999\r\n\r\n")) == [413]
+
+
+def test_one_address_has_its_share_of_the_connections_and_no_more(tmp_path: Path) -> None:
+    with ours(tmp_path, "--max-per-peer", "20") as server, ExitStack() as stack:
+        clients = [stack.enter_context(closing(connect(server))) for _ in range(20)]
+        for client in clients:
+            client.sendall(HEALTH)
+            assert statuses(client.recv(4096)) == [200]
+        assert server.ask("GET", "/health")[0] == 503
+        with closing(socket.socket()) as other:
+            other.bind(("127.0.0.2", 0))
+            other.settimeout(PATIENCE)
+            other.connect(("127.0.0.1", server.port))
+            other.sendall(HEALTH)
+            assert statuses(other.recv(4096)) == [200]
+
+
+def test_thousands_that_stay_half_way_cost_little_and_stop_nobody(tmp_path: Path) -> None:
+    with ours(tmp_path) as server, ExitStack() as stack:
+        before = server.program.resident_memory()
+        for number in range(2000):
+            client = stack.enter_context(closing(connect(server)))
+            client.sendall(b"PUT /peers/1/A HTTP/1.1\r\nContent-Length: 60000\r\n\r\n"[: number % 60])
+        assert server.ask("GET", "/health") == (200, "Ok")
+        assert server.program.resident_memory() < before + 2000 * 20_000
+        assert "Traceback" not in server.program.output
