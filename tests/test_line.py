@@ -265,3 +265,19 @@ class TestAside:
         assert not (line._keys)
         assert not (line._outside._heap)
         assert not (line.returned._heap)
+
+
+@given(st.lists(st.tuples(st.booleans(), st.integers(0, 20)), max_size=60), st.integers(0, 10))
+def test_those_who_have_waited_longest_are_found_wherever_they_stand(
+    steps: list[tuple[bool, int]], wanted: int
+) -> None:
+    line = Line(Fifo(), lambda key: False)
+    for now, (aside, leaves) in enumerate(steps):
+        each = Waiting(now)
+        line.add(each, now)
+        if aside:
+            line.step_aside(each, ((now % 3,),), (now % 3,))
+        if leaves < len(line) and now % 2:
+            line.remove(list(line)[leaves])
+    assert line.first(wanted) == list(line)[:wanted]
+    assert sorted(line.everybody(), key=line.arrival) == list(line)

@@ -50,7 +50,6 @@ import math
 from collections import Counter, OrderedDict
 from collections.abc import Collection, Generator, Hashable, Iterable, Mapping
 from functools import partial
-from itertools import islice
 from operator import itemgetter
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -383,7 +382,7 @@ class Limiter:
         """
         The same, as a generator that returns it: between two of its steps others can have their turn.
         """
-        return busiest(self._peer, list(self._active.values()), list(self._line), count)
+        return busiest(self._peer, list(self._active.values()), list(self._line.everybody()), count)
 
     def first_waiting(self, count: int) -> list[tuple[IAddress, float]]:
         """
@@ -392,7 +391,7 @@ class Limiter:
         now = self.clock.seconds()
         return [
             (connection.address, max(0.0, now - self._line.arrival(connection)))
-            for connection in islice(self._line, count)
+            for connection in self._line.first(count)
         ]
 
     @property

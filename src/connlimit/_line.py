@@ -6,8 +6,8 @@ from __future__ import annotations
 
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping
-from heapq import heapify, heappop, heappush
-from itertools import count
+from heapq import heapify, heappop, heappush, merge
+from itertools import chain, count, islice
 from typing import Any, TypeAlias, TypeVar
 
 import attrs
@@ -319,6 +319,23 @@ class Ranked(dict[T, list[Any]]):
         first: T = self._heap[0][2]
         return first
 
+    def firsts(self, count: int) -> Iterator[T]:
+        """
+        So many of those that come first, in their order. Does not look at the others.
+        """
+        heap = self._heap
+        # Whatever comes next in a heap is below something that has come.
+        candidates = [(heap[0][:2], 0)] if heap else []
+        while candidates and count:
+            _, index = heappop(candidates)
+            thing = heap[index][2]
+            if thing is not None:
+                count -= 1
+                yield thing
+            for child in (2 * index + 1, 2 * index + 2):
+                if child < len(heap):
+                    heappush(candidates, (heap[child][:2], child))
+
 
 @attrs.define(eq=False)
 class _Group:
@@ -374,6 +391,19 @@ class Line:
         if not self._outside:
             return iter(self.order)
         return iter(sorted([*self.order, *self._outside], key=self.arrival))
+
+    def everybody(self) -> Iterator[IConnection]:
+        """
+        All who wait, in no order.
+        """
+        return chain(self.order, self._outside)
+
+    def first(self, count: int) -> list[IConnection]:
+        """
+        So many of those who have waited longest, in the order of their arrivals. Does not look at the others.
+        """
+        inside, outside = islice(self.order, count), self._outside.firsts(count)
+        return list(islice(merge(inside, outside, key=self.arrival), count))
 
     @property
     def ready(self) -> int:
