@@ -12,6 +12,7 @@ import resource
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, suppress
@@ -22,7 +23,18 @@ import pytest
 from fakes import RecordingFactory
 from pytest_twisted import ensureDeferred
 from sockets import connected, listening, until
-from support import ECHO, PATIENCE, Program, failing, free_port, page_until, require_program, running
+from support import (
+    ECHO,
+    PATIENCE,
+    Program,
+    failing,
+    free_port,
+    page_until,
+    read_all,
+    require_program,
+    running,
+)
+from test_web import TurnsClock
 from twisted.internet import reactor
 from twisted.internet.address import IPv4Address, IPv6Address, UNIXAddress
 from twisted.internet.defer import Deferred
@@ -32,8 +44,9 @@ from twisted.internet.task import Clock
 
 from connlimit import Limiter, __version__, top
 from connlimit._endpoints import status_endpoint
+from connlimit._inert import Inert
 from connlimit.status import _html, _once, _serve, serve
-from connlimit.status._service import StatusService
+from connlimit.status._service import MOST_WATCHERS, StatusService
 from connlimit.status._watch import Watch
 
 
@@ -273,6 +286,122 @@ def test_idle_clients_do_not_shut_health_out(server: Server) -> None:
         began = time.monotonic()
         assert server.ask("/health")[::2] == (200, "ok\n")
         assert time.monotonic() - began < 2
+
+
+def test_only_so_many_follow_the_page_and_others_are_answered(server: Server) -> None:
+    with ExitStack() as stack:
+        statuses = []
+        for _ in range(MOST_WATCHERS + 4):
+            client = stack.enter_context(socket.create_connection(("127.0.0.1", server.status), PATIENCE))
+            client.sendall(b"GET /events HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            statuses.append(client.recv(65536).split()[1])
+        # A watcher of another test may not be known to have left yet.
+        assert MOST_WATCHERS - 2 <= statuses.count(b"200") <= MOST_WATCHERS
+        assert set(statuses) == {b"200", b"503"}
+        assert server.ask("/health")[0] == server.ask("/status.json")[0] == 200
+
+
+def test_half_a_hundred_pollers_share_what_is_found_out(server: Server) -> None:
+    answers: list[int] = []
+
+    def poll() -> None:
+        for _ in range(10):
+            with suppress(OSError, http.client.HTTPException):
+                answers.append(server.ask("/status.json")[0])
+
+    with server.connect() as client:
+        threads = [threading.Thread(target=poll) for _ in range(50)]
+        for thread in threads:
+            thread.start()
+        times = []
+        while any(thread.is_alive() for thread in threads):
+            began = time.perf_counter()
+            client.sendall(b"x")
+            assert client.recv(1) == b"x"
+            times.append(time.perf_counter() - began)
+    assert set(answers) == {200}
+    assert len(answers) > 400
+    assert sorted(times)[len(times) // 2] < 0.1
+    server.until(active=0)
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100000000\r\n\r\n",
+        b"GET / HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\nfffffff\r\n",
+        b"GET / HTTP/9.9\r\n\r\n",
+        b"\0\xff" * 20_000 + b"\r\n",
+        b"GET / HTTP/1.1\r\n" + b"X: y\r\n" * 10_000,
+        b"GET /" + b"a" * 100_000,
+        b"\r\n\r\n\r\n",
+        b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+    ],
+)
+def test_what_is_no_request_of_ours_ends_its_connection_alone(server: Server, request_: bytes) -> None:
+    with socket.create_connection(("127.0.0.1", server.status), PATIENCE) as client:
+        answer = b""
+        with suppress(ConnectionResetError, BrokenPipeError):
+            client.sendall(request_)
+            client.shutdown(socket.SHUT_WR)
+            answer = read_all(client)
+    assert b" 200 " not in answer
+    assert b"Traceback" not in answer
+    assert server.ask("/health")[0] == 200
+    assert "Traceback" not in server.program.output
+
+
+def test_names_and_addresses_are_no_markup() -> None:
+    class Address:
+        host = "<script>alert(1)</script>"
+        port = 1
+
+    hostile = '"><script>alert(1)</script>'
+    clock = Clock()
+    limiter = Limiter(0, name=hostile, clock=clock)
+    limiter.wait(Inert(Address()))
+    service = StatusService(None, Limited(limiter), True, frozenset())
+    text = shown_in_turns(service, "page")[0].decode()
+    assert "<script>alert" not in text
+    assert "&lt;script&gt;alert(1)" in text
+    page = Balanced()
+    page.feed(text)
+    assert page.open == []
+    assert json.loads(shown_in_turns(service, "json")[0])["limiters"][0]["name"] == hostile
+
+
+def test_many_limiters_are_looked_at_in_turns() -> None:
+    service = StatusService(None, Limited(*(Limiter(0, name=str(n)) for n in range(50))), True, frozenset())
+    shown, turns = shown_in_turns(service, "json")
+    assert turns >= 2 * 49
+    assert len(json.loads(shown)["limiters"]) == 50
+
+
+def test_thousands_who_wait_are_looked_at_in_turns() -> None:
+    limiter = Limiter(0, clock=Clock())
+    for number in range(5000):
+        limiter.wait(Inert(IPv4Address("TCP", f"192.0.2.{number % 100}", number)))
+    service = StatusService(None, Limited(limiter), True, frozenset())
+    shown, turns = shown_in_turns(service, "json")
+    assert turns >= 5000 / 200
+    (facts,) = json.loads(shown)["limiters"]
+    assert [each["waiting"] for each in facts["peers"]] == [50] * 10
+    assert len(facts["line"]) == 50
+
+
+def shown_in_turns(service: StatusService, form: str) -> tuple[bytes, int]:
+    """
+    What a service shows, and how many turns of the reactor it took.
+    """
+    clock = TurnsClock()
+    service._site.reactor = clock
+    shown: list[bytes] = []
+    service.show(form, True).addCallback(shown.append)
+    turns = 0
+    while not shown:
+        clock.advance(clock.turn)
+        turns += 1
+    return shown[0], turns
 
 
 def test_metrics_are_right_by_their_own_parser_and_by_promtool(server: Server) -> None:

@@ -31,7 +31,7 @@ _LAST_WORDS = 1
 
 #: How many connections there are at most: from loopback, and from elsewhere; and from one peer elsewhere. All
 #: together they take no more than their share of the descriptors.
-MOST = 32
+MOST = 64
 MOST_PER_PEER = 16
 
 
