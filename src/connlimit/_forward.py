@@ -380,14 +380,16 @@ class Pair:
         self._stop_limits()
         if other is None:
             return
+        # TLS may have something of its own to say and to hear.
+        has_unsent = bool(other.unsent()) or not _sockets.can_half_close(other.transport)
         if is_orderly:
             other.lose()
-        else:
+        elif has_unsent:
             self._reset_when_delivered(other)
-        if other is self.client:
+        else:
+            other.abort()
+        if has_unsent and other.connected:
             self._limit_delivery()
-        elif other is self.backend:
-            self._upstream = self._limit(_RESET_TIMEOUT, self._bytes_upstream, self.abort)
 
     def abort(self) -> None:
         """
@@ -424,11 +426,14 @@ class Pair:
 
     def _limit_delivery(self) -> None:
         """
-        There is no connection to the backend any more; the client must take the rest.
+        The connection on one side is over, or will be: the other side must take the rest.
         """
-        if self._downstream is not None:
-            self._downstream.stop()
-        self._downstream = self._limit(_DELIVERY_TIMEOUT, self._bytes_downstream, self.abort)
+        if self.client is None:
+            self._upstream = self._limit(_RESET_TIMEOUT, self._bytes_upstream, self.abort)
+        else:
+            if self._downstream is not None:
+                self._downstream.stop()
+            self._downstream = self._limit(_DELIVERY_TIMEOUT, self._bytes_downstream, self.abort)
 
     def _limit(self, seconds: float, moved: Callable[[], object], call: Callable[[], None]) -> _Stall:
         return _Stall(self.relay.clock, seconds, moved, call, self._watch)
@@ -478,17 +483,15 @@ class Pair:
         """
         if not end.transport.disconnecting:
             end.transport.pauseProducing()
-        if not end.unsent():
-            end.abort()
-        else:
-            _Delivery(self.relay.clock, end)
+        _Delivery(self.relay.clock, end)
 
 
 class _Stall:
     """
     Calls when no byte has moved for some seconds.
 
-    It looks four times in this time, and first after a second at the latest.
+    It looks four times in this time. The first look, after a second at the latest, is the one with which the
+    others compare; nearly always all is over before.
     """
 
     _LOOKS = 4
@@ -510,8 +513,8 @@ class _Stall:
         self._moved = moved
         self._call = call
         self._first_look = first_look
-        self._left = self._LOOKS
-        self._last = moved()
+        self._left = 0
+        self._last: object = None
         self._timer: IDelayedCall = clock.callLater(min(self._interval, 1.0), self._look_first)
 
     def stop(self) -> None:
@@ -523,15 +526,12 @@ class _Stall:
 
     def _look_first(self) -> None:
         self._timer = self._clock.callLater(self._interval, self._look)
+        self._last = self._moved()
+        self._left = self._LOOKS - (self._interval <= 1.0)
         self._first_look()
-        if self._interval <= 1.0:
-            self._count()
 
     def _look(self) -> None:
         self._timer = self._clock.callLater(self._interval, self._look)
-        self._count()
-
-    def _count(self) -> None:
         now = self._moved()
         if now != self._last:
             self._last = now
