@@ -154,6 +154,16 @@ def test_a_file_gives_a_notice_as_a_text_or_as_a_list() -> None:
     assert notices == [(5, b"wait")] * 3
 
 
+def test_the_help_shows_every_choice_and_default_and_nothing_of_python() -> None:
+    help = " ".join(Options().getUsage(100).split("Commands:")[0].split())
+    assert "[fifo, lifo, fair or adaptive; default: fifo]" in help
+    assert f"[{', '.join(refusals.NAMED)}, or say TEXT; default: close]" in help
+    assert "[wait or refuse; default: wait]" in help
+    assert "[seconds; default: 0.5]" in help
+    assert "32,64]" in help
+    assert not re.search(r"None|True|False|[a-z]_[a-z]", help)
+
+
 def test_a_burst_needs_a_rate() -> None:
     with pytest.raises(ValueError, match=r"\Amax_burst needs max_rate, how many begin in a second\Z"):
         Limiter(5, max_burst=5)

@@ -85,9 +85,10 @@ def _inner(reactor: Any, description: str) -> Any:
         endpoint = make(reactor, description)
         check_endpoint(endpoint)
     except Exception as error:
-        raise ValueError(
-            f"{description!r} is no endpoint ({why(error)}); connlimit itself takes {', '.join(_OURS)}"
-        ) from None
+        sentence = f"{description!r} is no endpoint ({why(error)})"
+        if isinstance(error, TypeError):  # an argument, perhaps, that was meant for us
+            sentence += f"; connlimit itself takes {', '.join(_OURS)}"
+        raise ValueError(sentence) from None
     return endpoint
 
 

@@ -329,13 +329,13 @@ class Settings:
         None,
         _COUNT_ABOVE_ZERO,
         "connections",
-        "how many of these may begin at once; None: as many as in a second, at least 1",
+        "how many of these may begin at once; if not given, as many as in a second, at least 1",
     )
     max_waiting: int | None = _setting(
         None,
         _COUNT,
         "connections",
-        "how many connections may wait in the line; None: as many as the descriptors allow",
+        "how many connections may wait in the line; if not given, as many as the descriptors allow",
     )
     wait_timeout: float | None = _setting(
         None, _SECONDS_OR_NONE, "seconds", "how long a connection may wait before it is refused"
@@ -369,7 +369,7 @@ class Settings:
         False, _FLAG, "", "serve everybody, and report who would have waited or been refused"
     )
     log: bool = _setting(True, _FLAG, "", "log when it is full, by which limit, and when it has room again")
-    name: str = _setting("default", _NAME, "", "what the limiter is called in logs and metrics")
+    name: str = _setting("default", _NAME, "text", "what the limiter is called in logs and metrics")
 
     def evolve(self, changes: Mapping[str, Any], spell: Callable[[str], str] = str) -> Settings:
         """
@@ -408,6 +408,15 @@ def check_limits(given: Container[str], spell: Callable[[str], str], none: str) 
             f"nothing would be limited: give {either([spell(name) for name in names])}, "
             f"or {none} if everybody is to be served and only counted"
         )
+
+
+def values(field: attrs.Attribute[Any]) -> str:
+    """
+    Which texts a setting can have, and which is meant if there is none, for a help text.
+    """
+    what = field.metadata["unit"] or field.metadata["kind"].in_text
+    default = "yes" if field.default is True else "no" if field.default is False else shown(field.default)
+    return f"[{what}]" if field.default is None else f"[{what}; default: {default}]".replace("'", "")
 
 
 def _converted(name: str, value: Any) -> Any:

@@ -26,7 +26,7 @@ from connlimit._relay_options import RELAY_FIELDS, RelayOptions, relay_options
 from connlimit._role import Alone
 from connlimit._service import LimitedService, limit_service, to_limit
 from connlimit._serving import as_if_alone, import_factory, limited_plugin, load_application, plugins
-from connlimit._settings import FIELDS, Settings, check_limits, parse
+from connlimit._settings import FIELDS, Settings, check_limits, parse, values
 from connlimit._sharing import read_url, shared_limits
 from connlimit._toml import ConfigError, source
 from connlimit.status import status_service
@@ -78,7 +78,7 @@ class Options(ProgramOptions):
         "shows how it works."
     )
     optParameters = [
-        [name.replace("_", "-"), None, None, f"{field.metadata['help']} [{field.metadata['unit'] or 'text'}]"]
+        [name.replace("_", "-"), None, None, f"{field.metadata['help']} {values(field)}"]
         for name, field in FIELDS.items()
     ] + [
         [
@@ -165,8 +165,7 @@ class Options(ProgramOptions):
 
     def opt_skip(self, description: str) -> None:
         """
-        of a plugin or --tac, leave without limits what listens here, such as tcp:8081; can be given several
-        times
+        do not limit what listens here of a plugin or --tac, such as tcp:8081; can be given several times
         """
         self.setdefault("skip", []).append(description)
 
