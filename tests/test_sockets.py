@@ -207,7 +207,7 @@ async def test_idle_keep_alive_clients_do_not_starve_the_line() -> None:
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs the kernel's word")
 @ensureDeferred
 async def test_an_idle_connection_that_does_not_close_is_aborted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_protocol, "_GRACE", 0.2)
+    monkeypatch.setattr(_protocol, "QUIET", 0.2)
     limiter, server = Limiter(1, idle_timeout=0.3), RecordingFactory()
     async with listening(limiter, server=server) as (_, where):
         stuck = await connected(where)

@@ -341,10 +341,10 @@ def draining_within(echo: Path, seconds: str) -> Iterator[Program]:
         yield program
 
 
-def test_what_does_not_finish_in_time_is_aborted(echo: Path) -> None:
+def test_what_does_not_finish_in_time_is_closed(echo: Path) -> None:
     with draining_within(echo, "200ms") as program:
         assert program.terminate() == 0
-        program.wait_for("1 connections did not end in time and are aborted")
+        program.wait_for("1 connections did not end in time and are closed")
 
 
 def test_a_second_order_to_stop_is_carried_out_at_once(echo: Path) -> None:

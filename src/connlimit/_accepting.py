@@ -12,6 +12,7 @@ from twisted.internet.interfaces import (
     IDelayedCall,
     IListeningPort,
     IProtocolFactory,
+    IReactorCore,
     IReadDescriptor,
     IStreamServerEndpoint,
 )
@@ -78,6 +79,8 @@ def watched(port: Any, limiter: Limiter, when_full: str) -> Any:
     """
     if hasattr(port, "socket"):
         limiter.run_in(port.reactor)
+        if IReactorCore.providedBy(port.reactor):
+            _Shutdown(limiter, port)
         if when_full == "stop-accepting" and IReadDescriptor.providedBy(port):
             limiter.add_port(_StoppingPort(limiter, port))
         else:
@@ -105,6 +108,49 @@ class _Port:
         See `IPort.backlog`.
         """
         return _sockets.backlog(self._port.socket)
+
+    def stop_listening(self) -> Any:
+        """
+        See `IPort.stop_listening`.
+        """
+        return self._port.stopListening()
+
+
+class _Shutdown:
+    """
+    Sees to it that, when the reactor shuts down, those who wait at a port are refused before anything else
+    stops, and have been told before the port has stopped.
+
+    The reactor asks in the order of the requests to be asked; twistd's own, to stop all services, comes after
+    those of the ports that the services have opened.
+    """
+
+    def __init__(self, limiter: Limiter, port: Any) -> None:
+        self._limiter = limiter
+        self._reactor = port.reactor
+        self._stop = port.stopListening
+        self._has_begun = False
+        self._trigger = self._reactor.addSystemEventTrigger("before", "shutdown", self._begin)
+        port.stopListening = self._stop_listening
+
+    def _begin(self) -> None:
+        self._has_begun = True
+        self._limiter.refuse_all()
+
+    def _stop_listening(self) -> Any:
+        """
+        Be the port's ``stopListening``.
+        """
+        if not self._has_begun:
+            if self._trigger is not None:
+                self._reactor.removeSystemEventTrigger(self._trigger)
+                self._trigger = None
+            return self._stop()
+        stopped = self._stop()
+        return None if stopped is None else stopped.addCallback(self._wait)
+
+    def _wait(self, result: Any) -> Deferred[Any]:
+        return self._limiter.wait_for((), None).addCallback(lambda _: result)
 
 
 class _StoppingPort(_Port, LimiterObserver):

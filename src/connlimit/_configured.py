@@ -282,10 +282,13 @@ class ConfiguredProgram(Program):
         async with self._changing:
             pass  # what is being changed has its end, and is stopped then
         self._look_after()
+        await super()._stop()
+
+    async def _stop_services(self) -> None:
         for unit in list(self._units.values()):
             for piece in unit.opened():
                 await unit.close(piece)
-        await super()._stop()
+        await super()._stop_services()
 
     # Reloading
 
@@ -295,7 +298,10 @@ class ConfiguredProgram(Program):
 
         :return: fires when that is done; at once if it is being read already, and will be once more.
         """
-        if self._is_reloading or self._is_stopping:
+        if self._is_stopping:
+            self._log.info("{path} is not read again: the program is stopping", path=str(self._path))
+            return succeed(None)
+        if self._is_reloading:
             self._again = True
             return succeed(None)
         return ensureDeferred(self._reload())
@@ -308,7 +314,8 @@ class ConfiguredProgram(Program):
         except ConfigError as error:
             self._refuse(error)
         finally:
-            _systemd.notify("READY=1")
+            if not self._is_stopping:
+                _systemd.notify("READY=1")
             self._is_reloading = False
             if self._again and not self._is_stopping:
                 self._again = False

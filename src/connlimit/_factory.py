@@ -127,7 +127,7 @@ class LimitingFactory:
         connection.address = address
         connection.slot = connection.transport = None
         connection.connected = 0
-        connection.closing = False
+        connection.closing = None
         if address.__class__ is UNIXAddress and self.limiter.needs_peers:
             connection.wrappedProtocol = ArrivingProtocol(connection)
             return connection

@@ -4,6 +4,7 @@ A connection that does nothing, whatever its limiter tells it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from zope.interface import implementer
@@ -29,7 +30,7 @@ class Inert:
 
     def abort(self) -> None: ...
 
-    def close(self) -> None: ...
+    def close(self, gave_up: Callable[[], None] | None = None) -> None: ...
 
     def notify(self, data: bytes) -> None: ...
 
@@ -40,3 +41,6 @@ class Inert:
 
     def idle(self) -> float | None:
         return None
+
+    def is_at_rest(self, quiet: float | None) -> bool:
+        return False

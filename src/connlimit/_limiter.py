@@ -56,7 +56,7 @@ from typing import TYPE_CHECKING, Any
 from weakref import ref
 
 import attrs
-from twisted.internet.defer import Deferred
+from twisted.internet.defer import Deferred, maybeDeferred
 from twisted.internet.interfaces import IAddress, IDelayedCall, IReactorTime
 from twisted.logger import Logger
 
@@ -76,6 +76,7 @@ from connlimit.interfaces import (
     ILimit,
     ILimiterObserver,
     IPort,
+    IRefusing,
     IRefusingLimit,
 )
 from connlimit.limits import All, PerPeer, Rate
@@ -202,6 +203,7 @@ class Limiter:
         "_waits",
         "budget",
         "limits",
+        "refusals",
         "settings",
     )
 
@@ -268,6 +270,8 @@ class Limiter:
         if not any(issubclass(type(each), LimiterLog) for each in self._observers):
             self._switch_log()
         self._ports: list[IPort] = []
+        #: The refusals that are being said to its clients.
+        self.refusals: set[IRefusing] = set()
         # What its connections may take of the process's descriptors.
         self.budget = _descriptors.Budget()
 
@@ -598,18 +602,31 @@ class Limiter:
 
     def drain(self, timeout: float | None = None) -> Deferred[None]:
         """
-        Refuse newcomers and the line, wait for the active connections, then abort what is left.
+        Refuse newcomers and the line, wait for the active connections, then close what is left.
 
-        A drained limiter serves nobody any more.
+        A drained limiter serves nobody any more. Connections that are between two requests are closed at
+        once, as far as that can be told.
 
-        :param timeout: seconds until the active connections are aborted; None waits as long as it takes.
-        :return: fires when no connection is active.
+        :param timeout: seconds until the active connections are closed; None waits as long as it takes.
+        :return: fires when no connection is active, and those who were refused have been told.
         """
-        self._draining = True
-        if self._dry_run is not None:
-            self._dry_run.report()
-        self.refuse_waiting(self._line)
+        self.refuse_all()
         return self.wait_for(self._actives(), timeout)
+
+    def refuse_all(self) -> None:
+        """
+        Refuse newcomers and the line from now on, and leave the active connections alone.
+        """
+        if not self._draining and self._dry_run is not None:
+            self._dry_run.report()
+        self._draining = True
+        self.refuse_waiting(self._line)
+
+    def stop_listening(self) -> list[Deferred[Any]]:
+        """
+        Close the ports that the limiter knows.
+        """
+        return [maybeDeferred(port.stop_listening) for port in self._ports if port.is_listening()]
 
     def has_room(self) -> bool:
         """
@@ -769,17 +786,15 @@ class Limiter:
 
     def wait_for(self, connections: Iterable[IConnection], timeout: float | None) -> Deferred[None]:
         """
-        Wait until all of the connections that are active have finished, and abort what is left then.
+        Wait until all of the connections that are active have finished, and those who were refused have been
+        told, and close what is left then.
 
-        :param timeout: seconds until they are aborted; None waits as long as it takes.
+        :param timeout: seconds until they are closed; None waits as long as it takes.
         """
+        active = [each for each in connections if each.slot is not None]
         self._drains += 1
         self._start_timers()
-        return (
-            Drain(self, {each for each in connections if each.slot is not None})
-            .run(timeout)
-            .addBoth(self._drained)
-        )
+        return Drain(self, active, self.refusals).run(timeout).addBoth(self._drained)
 
     def _drained(self, result: Any) -> Any:
         self._drains -= 1

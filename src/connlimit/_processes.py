@@ -48,7 +48,7 @@ _FIRST_DELAY, _MOST_DELAY = 0.1, 10.0
 _WELL = 10.0
 
 #: Seconds that a worker may take to end beyond drain_timeout, before it is killed.
-_GRACE = 10.0
+_GRACE = 45.0
 
 #: Seconds within which the last messages of a process that is no more are read.
 _LAST_WORDS = 1.0

@@ -118,7 +118,7 @@ class Program(MultiService):
 
     def stopService(self) -> Deferred[Any]:
         """
-        Stop listening, refuse the line, let those who are served finish in time, and end the others.
+        Refuse the queue, stop listening, let those who are served finish in time, and end the others.
         """
         return ensureDeferred(self._stop())
 
@@ -127,16 +127,37 @@ class Program(MultiService):
         _systemd.notify("STOPPING=1")
         if self._telling.running:
             self._telling.stop()
-        await super().stopService()
-        await self.role.stop(self)
-        limiters = list(self.role.watched(self).limiters.values())
         if self.role.serves:
-            limiters += [each for each in self.all_limiters() if each not in limiters]
-        await gatherResults([ensureDeferred(self._drain(each)) for each in limiters])
+            await self._drain_all()
+        await self._stop_services()
+        await self.role.stop(self)
+        for limiter in self.all_limiters() if self.role.serves else self.role.watched(self).limiters.values():
+            self._tell_end(limiter)
+            await close(limiter.limits)
         if self.status is not None:
             await self.status.stopService()
 
+    async def _stop_services(self) -> None:
+        await super().stopService()
+
+    async def _drain_all(self) -> None:
+        """
+        Refuse those who wait, close the ports, and let those who are served finish, with their services.
+
+        Without a drain_timeout they are left to the end of the process, which loses nothing that Twisted's
+        own would not.
+        """
+        limiters = self.all_limiters()
+        for limiter in limiters:
+            limiter.refuse_all()
+        stopping = [each for limiter in limiters for each in limiter.stop_listening()]
+        draining = [ensureDeferred(self._drain(limiter)) for limiter in limiters]
+        await gatherResults([*stopping, *draining])
+
     async def _drain(self, limiter: Limiter) -> None:
+        if not self.drain_timeout:
+            await limiter.wait_for((), None)
+            return
         before = limiter.snapshot()
         if before.active or before.exempt:
             _log.info(
@@ -146,7 +167,8 @@ class Program(MultiService):
                 seconds=self.drain_timeout,
             )
         await limiter.drain(self.drain_timeout)
-        await close(limiter.limits)
+
+    def _tell_end(self, limiter: Limiter) -> None:
         after = limiter.snapshot()
         _log.info(
             "{limiter}: drained: {served} connections were served and {refused} refused in all",

@@ -6,6 +6,7 @@ Whatever an application raises is caught where it would reach others: even ``Sys
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache, lru_cache, partial
 from typing import TYPE_CHECKING, Any
 
@@ -24,14 +25,14 @@ from twisted.python.failure import Failure
 from zope.interface import implementer, providedBy
 
 from connlimit import _departures, _descriptors, _sockets
+from connlimit._at_rest import is_at_rest
+from connlimit._closing import MOST, QUIET, Patience
 from connlimit._peers import UNIXPeer
 from connlimit.interfaces import IConnection, ISlotKeeper
 
 if TYPE_CHECKING:
     from connlimit._factory import LimitingFactory
 
-
-_GRACE = 5.0  # seconds
 
 #: How many pieces are kept that a transport delivers although it is paused.
 _MOST_KEPT = 64
@@ -69,7 +70,7 @@ class DelegatingProtocol:  # type: ignore[misc]  # connectionMade is for makeCon
     :ivar address: the client's address.
     :ivar slot: set by the limiter while the connection is active.
     :ivar connected: 1 as long as there is a connection.
-    :ivar closing: whether the limiter has had it closed.
+    :ivar closing: when it is given up, if the limiter has had it closed.
     """
 
     __slots__ = (
@@ -90,7 +91,7 @@ class DelegatingProtocol:  # type: ignore[misc]  # connectionMade is for makeCon
     wrappedProtocol: Any
     slot: Any
     connected: int
-    closing: bool
+    closing: Patience | None
 
     def become(self, cls: type[DelegatingProtocol]) -> None:
         """
@@ -150,6 +151,8 @@ class DelegatingProtocol:  # type: ignore[misc]  # connectionMade is for makeCon
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:
         self.connected = 0
+        if self.closing is not None:
+            self.closing.stop()
         try:
             self.wrappedProtocol.connectionLost(reason)
         finally:
@@ -171,6 +174,8 @@ class DelegatingProtocol:  # type: ignore[misc]  # connectionMade is for makeCon
         finally:
             if self.connected:
                 self.connected = 0
+                if self.closing is not None:
+                    self.closing.stop()
                 self.factory.limiter.depart(self)
                 self.factory.limiter.reclaim(self, "its transport was taken over by another protocol")
 
@@ -242,20 +247,30 @@ class DelegatingProtocol:  # type: ignore[misc]  # connectionMade is for makeCon
         self.delegate_to(protocol)
         return True
 
-    def close(self) -> None:
+    def close(self, gave_up: Callable[[], None] | None = None) -> None:
         """
-        Close the connection and, if it is not gone after some seconds, abort it.
+        Close the connection, and abort it when nothing moves on it any more or it takes too long.
         """
-        self.closing = True
+        if self.closing is not None or not self.connected:
+            return
+        self.closing = Patience(
+            self.transport, self.factory.limiter.clock, partial(self._give_up, gave_up), QUIET, MOST
+        )
         try:
             self.transport.loseConnection()
         except BaseException:
             self.factory.connection_log.failure("{connection} could not be closed", connection=self)
-        self.factory.limiter.clock.callLater(_GRACE, self._abort_if_connected)
 
-    def _abort_if_connected(self) -> None:
-        if self.connected:
-            self.abort()
+    def _give_up(self, gave_up: Callable[[], None] | None) -> None:
+        if gave_up is not None:
+            gave_up()
+        self.abort()
+
+    def is_at_rest(self, quiet: float | None) -> bool:
+        """
+        Whether it is between two requests, so that to close it cuts nothing.
+        """
+        return is_at_rest(self.wrappedProtocol, self.transport, quiet)
 
     def notify(self, data: bytes) -> None:
         """
@@ -284,7 +299,7 @@ class DelegatingProtocol:  # type: ignore[misc]  # connectionMade is for makeCon
         """
         For how many seconds the socket has moved no byte; None if the kernel does not tell.
         """
-        return None if self.closing else _sockets.idle(self.transport)
+        return None if self.closing is not None else _sockets.idle(self.transport)
 
     def reconsider(self) -> None:
         """

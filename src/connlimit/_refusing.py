@@ -6,18 +6,25 @@ from __future__ import annotations
 
 from typing import Any
 
+from twisted.internet.defer import Deferred
 from twisted.internet.interfaces import IAddress, IDelayedCall, IProtocol
 from twisted.internet.protocol import Protocol, connectionDone
 from twisted.logger import Logger
 from twisted.python.failure import Failure
+from zope.interface import implementer
 
 from connlimit import _descriptors
+from connlimit._closing import Patience
 from connlimit._limiter import Limiter
-from connlimit._sockets import abort
+from connlimit._sockets import abort, lowest, unsent
 from connlimit._system.bounded_log import BoundedLog
+from connlimit.interfaces import IRefusing
 from connlimit.refusals import DESCRIPTORS, LINGER
 
 _log = BoundedLog(Logger())
+
+#: Seconds of silence after which a client has been told, once all has arrived there.
+QUIET = 1.0
 
 
 def build(limiter: Limiter, address: IAddress, reason: str) -> IProtocol | None:
@@ -36,9 +43,13 @@ def build(limiter: Limiter, address: IAddress, reason: str) -> IProtocol | None:
     return None if protocol is None else _Refusing(limiter, protocol)
 
 
+@implementer(IRefusing)
 class _Refusing(Protocol):
     """
     Has a refusal's protocol speak, and aborts it when its time is over.
+
+    When the program is waiting for it, it need not wait for the client's end, but only until the client has
+    received all, and has sent nothing for a while: one that still sends would be told by a reset.
     """
 
     transport: Any
@@ -47,8 +58,11 @@ class _Refusing(Protocol):
         self._limiter = limiter
         self._protocol = protocol
         self._timer: IDelayedCall | None = None
+        self._patience: Patience | None = None
+        self._waiting: list[Deferred[None]] = []
 
     def connectionMade(self) -> None:
+        self._limiter.refusals.add(self)
         _descriptors.REFUSALS.taken += 1
         self._timer = self._limiter.clock.callLater(LINGER, self._abort)
         self._call("makeConnection", self.transport)
@@ -61,7 +75,13 @@ class _Refusing(Protocol):
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+        if self._patience is not None:
+            self._patience.stop()
+        self._limiter.refusals.discard(self)
+        waiting, self._waiting = self._waiting, []
         self._call("connectionLost", reason)
+        for each in waiting:
+            each.callback(None)
 
     def _call(self, method: str, argument: Any) -> None:
         """
@@ -72,6 +92,29 @@ class _Refusing(Protocol):
         except BaseException:
             _log.failure("{protocol} failed to refuse a client", protocol=self._protocol)
             abort(self.transport)
+
+    def said(self) -> Deferred[None]:
+        """
+        See `IRefusing.said`.
+        """
+        self._hurry()
+        waiting: Deferred[None] = Deferred()
+        self._waiting.append(waiting)
+        return waiting
+
+    def _hurry(self) -> None:
+        if self._patience is None:
+            self._patience = Patience(self.transport, self._limiter.clock, self._end, QUIET, LINGER)
+
+    def _end(self) -> None:
+        """
+        Nothing moves any more: if all has arrived, close.
+        """
+        self._patience = None
+        if unsent(self.transport):
+            self._hurry()
+        else:
+            lowest(self.transport).loseConnection()
 
     def _abort(self) -> None:
         self._timer = None

@@ -48,9 +48,9 @@ class LimitedService(StreamServerEndpointService):
     A service that listens on an endpoint behind a limiter.
 
     If it cannot listen, it does not start: the error is raised by ``startService``. When it is stopped,
-    it stops listening and refuses those who wait for it. With a *drain_timeout* it then lets the active
-    connections finish, and aborts what is left when that time is over; the limiter's connections
-    to other services are left alone.
+    it refuses those who wait for it, stops listening, and waits until all who were refused have been told.
+    With a *drain_timeout* it then lets the active connections finish, and closes what is left when that time
+    is over; the limiter's connections to other services are left alone.
     """
 
     factory: LimitingFactory
@@ -96,10 +96,12 @@ class LimitedService(StreamServerEndpointService):
         return ensureDeferred(self._stop())
 
     async def _stop(self) -> None:
-        await super().stopService()
         limiter = self.factory.limiter
-        if self.drain_timeout is not None:
-            await limiter.wait_for(limiter.active_for(self.factory), self.drain_timeout)
+        # Before anything else of it stops; from the next call on nobody comes any more.
+        limiter.refuse_waiting(limiter.waiting_for(self.factory))
+        await super().stopService()
+        active = [] if self.drain_timeout is None else limiter.active_for(self.factory)
+        await limiter.wait_for(active, self.drain_timeout)
 
 
 def limit_service(

@@ -121,6 +121,32 @@ def unread(descriptor: int) -> bool:
     return any(count)
 
 
+def progress(transport: Any) -> tuple[object, ...]:
+    """
+    Something that differs from what it was before if bytes have moved meanwhile.
+    """
+    sock = socket_of(transport)
+    moved = _tcp_bytes(sock) if sock is not None else None
+    return buffered(transport), unsent(transport), moved
+
+
+def is_at_rest(transport: Any, quiet: float) -> bool:
+    """
+    Whether no byte has moved for so many seconds, all have arrived, and the peer does not wait for an answer,
+    since it was told something later than it said anything. False if the kernel does not tell.
+    """
+    sock = socket_of(transport)
+    if sock is None or unsent(transport) or unread(sock.fileno()):
+        return False
+    info, moved = _tcp_info(sock), _tcp_bytes(sock)
+    if info is None or moved is None:
+        return False
+    sent, received = moved
+    if received and not sent:
+        return False
+    return quiet * 1000 <= info[_LAST_DATA_SENT] <= info[_LAST_DATA_RECEIVED]
+
+
 # Linux, include/uapi/linux/tcp.h, struct tcp_info: eight bytes, the first of which is the state, and then
 # numbers of four bytes each, of which these are some.
 _TCP_INFO = struct.Struct("B7x13I")
@@ -133,6 +159,19 @@ def _tcp_info(sock: socket.socket) -> tuple[int, ...] | None:
         return None
     try:
         return _TCP_INFO.unpack(sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO.size))
+    except (OSError, struct.error):
+        return None
+
+
+# Further back in the same struct, since Linux 4.1: bytes that the peer has acknowledged, and has sent.
+_TCP_BYTES = struct.Struct("120x2Q")
+
+
+def _tcp_bytes(sock: socket.socket) -> tuple[int, ...] | None:
+    if not sys.platform.startswith("linux") or sock.family not in (socket.AF_INET, socket.AF_INET6):
+        return None
+    try:
+        return _TCP_BYTES.unpack(sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_BYTES.size))
     except (OSError, struct.error):
         return None
 

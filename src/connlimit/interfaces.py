@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable
 from typing import TYPE_CHECKING, Any
 
+from twisted.internet.defer import Deferred
 from twisted.internet.interfaces import IAddress, IProtocol, IProtocolFactory
 from zope.interface import Attribute, Interface
 
@@ -40,9 +41,12 @@ class IConnection(Interface):
         It is ended at once, and what is still to be sent is dropped. Never raises.
         """
 
-    def close() -> None:
+    def close(gave_up: Callable[[], None] | None = None) -> None:
         """
-        It is ended in good order or, if that takes more than some seconds, at once. Never raises.
+        It is ended in good order: what is still to be sent is sent, as long as the client takes any of it,
+        but not for ever. Never raises.
+
+        :param gave_up: called if it is ended at once in the end.
         """
 
     def notify(data: bytes) -> None:
@@ -60,9 +64,28 @@ class IConnection(Interface):
         For how many seconds it has moved no byte; None if that cannot be told, or it is being closed.
         """
 
+    def is_at_rest(quiet: float | None) -> bool:
+        """
+        Whether it is between two requests, so that to close it cuts nothing. Never raises.
+
+        :param quiet: after how many seconds without a byte any connection whose client did not speak last is
+            taken for one at rest; None if only those are whose protocol knows.
+        """
+
     def is_dead() -> bool:
         """
         Whether the socket is gone, or was reset, although the connection has not been told. Never raises.
+        """
+
+
+class IRefusing(Interface):
+    """
+    A refusal that is being said to a client.
+    """
+
+    def said() -> Deferred[None]:
+        """
+        Wait until it has been said, which is bounded, and shorter from now on if the client is silent.
         """
 
 
@@ -79,6 +102,13 @@ class IPort(Interface):
     def backlog() -> int | None:
         """
         How many connections wait to be accepted; None if there is no telling.
+        """
+
+    def stop_listening() -> Any:
+        """
+        Close it.
+
+        :return: None, or a Deferred that fires when it is closed.
         """
 
 
