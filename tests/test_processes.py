@@ -378,6 +378,23 @@ def test_sockets_of_systemd_are_served_and_it_is_told_when_all_workers_serve(fol
             process.stdout.close()
 
 
+def test_workers_find_what_their_parent_has_found_wherever_it_goes(folder: Path) -> None:
+    elsewhere = folder / "elsewhere"
+    elsewhere.mkdir()
+    file = folder / "connlimit.toml"
+    port = free_port()
+    write(file, port)
+    with running(f"--rundir={elsewhere}", "connlimit", "--config", "connlimit.toml", cwd=folder) as program:
+        pids = workers(program, 2)
+        with connected(port) as client:
+            assert asked(client) in pids.values()
+        write(file, port, slots=2)
+        program.process.send_signal(signal.SIGHUP)
+        reloaded(program, 1)
+        assert f"{file} was read again" in program.output
+        assert program.terminate() == 0
+
+
 # What is seen
 
 

@@ -7,6 +7,7 @@ starts anew who dies, kills who hangs, adds up what they report, and ends when a
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -62,9 +63,11 @@ _START_TIMEOUT = 60.0
 #: How many bytes a line may have that comes from below a worker.
 _LONGEST_LINE = 1 << 16
 
-#: What a worker runs. Twisted believes what is said of systemd's sockets only if it is said to this process.
+#: What a worker runs. It finds modules where its parent does, which may have gone to another directory since.
+#: Twisted believes what is said of systemd's sockets only if it is said to this process.
 _RUN = """
-import os
+import json, os, sys
+sys.path[:] = json.loads(sys.argv.pop(1))
 if "LISTEN_FDS" in os.environ:
     os.environ["LISTEN_PID"] = str(os.getpid())
 from connlimit._worker import main
@@ -347,14 +350,8 @@ class _Worker(ProcessProtocol):
             self._log_pipe = control + 1
             self._rest[self._log_pipe] = b""
             inherited |= {1: "r", 2: "r", control: theirs.fileno(), self._log_pipe: "r"}
-            command = [
-                sys.executable,
-                "-c",
-                _RUN,
-                str(control),
-                str(self._log_pipe),
-                type(reactor).__module__,
-            ]
+            command = [sys.executable, "-c", _RUN, json.dumps(sys.path)]
+            command += [str(control), str(self._log_pipe), type(reactor).__module__]
             reactor.spawnProcess(
                 self, sys.executable, [*command, *self.parent.arguments], environment, childFDs=inherited
             )
