@@ -16,6 +16,8 @@ from twisted.logger import LogLevel
 from zope.interface import implementer
 
 from connlimit import ConnectionLog, Limiter, LimiterLog
+from connlimit._program import Program
+from connlimit._role import Alone
 from connlimit.interfaces import ILimit
 
 
@@ -229,6 +231,25 @@ class LogTests(LimiterTestCase):
             self.connect(1, host="192.0.2.1")
         for words in ("is served", "waits", "is refused (full)", "has finished", "is exempt and served"):
             self.assertTrue(any(text.endswith(words) for text in log.texts()), words)
+
+
+class Parent(Alone):
+    """
+    A process whose workers serve.
+    """
+
+    serves = False
+
+
+def test_each_limiter_of_a_program_is_logged_once_where_it_serves() -> None:
+    for connections, role, expected in (
+        (False, Alone(), [LimiterLog]),
+        (True, Alone(), [LimiterLog, ConnectionLog]),
+        (True, Parent(), []),
+    ):
+        limiter = Limiter(1)
+        Program(0.0, connections, role).add_limiter(limiter)
+        assert [type(each) for each in limiter.observers] == expected
 
 
 def test_events_can_be_written_as_json() -> None:

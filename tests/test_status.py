@@ -341,7 +341,7 @@ def test_half_a_hundred_pollers_share_what_is_found_out(server: Server) -> None:
 def test_what_is_no_request_of_ours_ends_its_connection_alone(server: Server, request_: bytes) -> None:
     with socket.create_connection(("127.0.0.1", server.status), PATIENCE) as client:
         answer = b""
-        with suppress(ConnectionResetError, BrokenPipeError):
+        with suppress(OSError):  # it may be over before all is sent
             client.sendall(request_)
             client.shutdown(socket.SHUT_WR)
             answer = read_all(client)

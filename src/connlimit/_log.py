@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 from twisted.internet.interfaces import IDelayedCall
-from twisted.logger import Logger, LogLevel
+from twisted.logger import Logger
 
 from connlimit.interfaces import IConnection
 from connlimit.observers import LimiterObserver
@@ -191,8 +191,7 @@ class LimiterLog(LimiterObserver):
         """
         Tell what was not told.
         """
-        self._log.emit(
-            LogLevel.warn if self._untold.refused else LogLevel.info,
+        self._log.info(
             "{limiter}: in the last {seconds:.0f} s full {times} times more, for {full:.1f} s in all: "
             "{waited} waited, at most {at_once} at once, {refused} were refused and {departed} departed",
             limiter=limiter.name,

@@ -15,7 +15,7 @@ from twisted.logger import Logger
 
 from connlimit import _descriptors, _systemd
 from connlimit._limiter import Limiter
-from connlimit._log import ConnectionLog
+from connlimit._log import ConnectionLog, LimiterLog
 from connlimit._role import Alone
 from connlimit._sharing import close
 
@@ -68,6 +68,11 @@ class Program(MultiService):
         Have a limiter drained at the end, and its connections logged if that is asked for.
         """
         self.limiters[limiter.name] = limiter
+        if not self.role.serves:
+            # Whoever serves logs; here there is nothing to tell but the same changes once more.
+            for observer in limiter.observers:
+                if isinstance(observer, LimiterLog):
+                    limiter.remove_observer(observer)
         if self._log_connections and self.role.serves:
             limiter.add_observer(ConnectionLog())
 
