@@ -330,7 +330,7 @@ async def test_a_late_question_undoes_nothing(redis: Redis) -> None:
         await until(lambda: members.used() == [3])
         limit = members.limits[0]
         late = json.loads(limit._say(in_use=0, kept=0, wanted=0, more=False, age=0, same=True, outlived=0))
-        assert lease(redis, limit.name, **late) == []
+        assert lease(redis, limit.name, **late) == ["late"]
         connection = await patiently(txredisapi.UnixConnection(str(redis.socket), reconnect=False))
         record = await patiently(connection.hget(redis_limit.keys_of(limit.name)[0], limit.member))
         assert json.loads(record)["held"] >= 3
@@ -1174,16 +1174,10 @@ def lease(redis: Redis, name: str, script: bytes = LEASE, **question: object) ->
         client.connect(str(redis.socket))
         client.sendall(command(*words))
         with client.makefile("rb") as answer:
-            head = answer.readline()
-            assert head.startswith(b"*"), head
-            values: list[object] = []
-            for _ in range(int(head[1:])):
-                line = answer.readline()
-                if line.startswith(b"$"):
-                    values.append(answer.read(int(line[1:]) + 2)[:-2].decode())
-                else:
-                    values.append(int(line[1:]))
-    return values
+            line = answer.readline().decode()
+    assert line.startswith("+"), line
+    *counts, run = line[1:-2].split(" ", 6)
+    return [*map(int, counts), run]
 
 
 def script(run: str = "one", uptime: int = 1_000_000) -> bytes:
@@ -1238,7 +1232,7 @@ class Asker:
         self._asked = now
         seconds = now if wall is None else wall
         clock = b"{%d,%d}" % (seconds, seconds % 1 * 1_000_000)
-        self.held, self.others, self.run, self.guarded, _, _, self.too_many = lease(
+        self.held, self.others, self.guarded, _, _, self.too_many, self.run = lease(
             self._redis,
             self._name,
             self._script.replace(b"redis.call('TIME')", clock),

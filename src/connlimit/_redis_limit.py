@@ -27,6 +27,7 @@ from __future__ import annotations
 import itertools
 import json
 import random
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -70,6 +71,8 @@ LEASE, SLOTS = "lease", "slots"
 
 #: What is published when a limit was changed.
 _CHANGED = "room"
+
+_ANSWER = re.compile(r"(\d{1,18}) (\d{1,18}) (\d{1,18}) ([01]) ([01]) (\d{1,18}) (.*)")
 
 _numbers = itertools.count(1)
 
@@ -538,10 +541,11 @@ def _counts(answer: Any) -> tuple[int, int, str, int, bool, bool, int]:
 
     :raises ValueError: if it is something else.
     """
-    if not isinstance(answer, list) or [type(each) for each in answer] != [int, int, str, *[int] * 4]:
+    found = _ANSWER.fullmatch(answer) if isinstance(answer, str) else None
+    if found is None:
         raise ValueError(f"this is no Redis, it answers {answer!r:.100}")
-    held, others, run, guarded, asks_soon, queued, too_many = answer
-    return held, others, run, guarded, bool(asks_soon), bool(queued), too_many
+    held, others, guarded, asks_soon, queued, too_many, run = found.groups()
+    return int(held), int(others), run, int(guarded), asks_soon == "1", queued == "1", int(too_many)
 
 
 def _seconds(ttl: object) -> float:

@@ -10,9 +10,9 @@
 --   hears (whether its process hears of its turn), own (how many of those who hear the channel are the member)
 --   outlived (connections that have outlived a lease of late), leaves (whether the member ends)
 --   channel (of the limit), turns (the prefix of the channels of processes)
--- Returns: slots held, how many others ask, which Redis this is, ms until it gives slots again, whether the
---   member is to ask again soon, whether it has a place among those who ask, how many more are held than there
---   are. Or nothing, if the question is late.
+-- Returns a line: slots held, how many others ask, ms until new slots are given again, whether the member is to
+--   ask again soon, whether it has a place among those who ask, how many more are held than there are, and which
+--   Redis this is. Or "late", if the question is.
 local question = cjson.decode(ARGV[1])
 local me, ttl = question.member, question.ttl
 
@@ -44,7 +44,7 @@ end
 
 -- A question that was delayed on a connection that is gone must not undo what was answered since.
 local mine = members[me]
-if mine and mine.number >= question.number then return {} end
+if mine and mine.number >= question.number then return {ok = 'late'} end
 
 -- The time: that of Redis's clock, which can be set. It never goes back here, and goes forward no faster than
 -- the member's own clock says. Who cannot say ends no lease of a process that is connected.
@@ -179,7 +179,7 @@ else
 end
 
 local too_many = math.max(0, others + held - slots)
-return {
-  held, math.max(is_guarded and 0 or asking, math.min(1, too_many)), run, math.max(0, about.guard - now),
-  asks_soon and 1 or 0, turn > 0 and 1 or 0, too_many,
-}
+return {ok = string.format(
+  '%d %d %d %d %d %d %s', held, math.max(is_guarded and 0 or asking, math.min(1, too_many)),
+  math.max(0, about.guard - now), asks_soon and 1 or 0, turn > 0 and 1 or 0, too_many, run
+)}
