@@ -280,6 +280,7 @@ def test_what_cannot_take_the_place_of_a_port_leaves_it_as_it_was(configured: Ru
     """
     limits = "[limiters.main]\nmax_connections = 9\n"
     with socket.create_server(("127.0.0.2", configured.port)), configured.connect() as client:
+        assert ask(client) == b"hello you\r\n"
         anywhere = configured.service().replace(":interface=127.0.0.1", "")
         configured.write(limits + anywhere)
         configured.reload("nothing was changed")
@@ -292,15 +293,16 @@ def test_what_cannot_take_the_place_of_a_port_leaves_it_as_it_was(configured: Ru
 
 
 def test_a_status_page_whose_port_is_taken_comes_when_it_is_free(configured: Running) -> None:
-    text = "[limiters.main]\nmax_connections = 2\n" + configured.service()
+    text = "[limiters.main]\nmax_connections = 3\n" + configured.service()
     configured.write(text, status=False)
     configured.reload()
     with socket.create_server(("127.0.0.1", configured.status)):
         configured.write(text)
-        configured.reload("nothing was changed")
-        assert "status page cannot be started" not in configured.program.output
-    configured.reload()
+        configured.reload()
+        configured.program.wait_for("the status page cannot be started: .* it is tried again every second")
+    configured.program.wait_for("the status page is started")
     assert configured.get("health") == "ok\n"
+    assert configured.program.output.count("cannot be started") == 1
 
 
 def test_a_fifo_in_the_place_of_the_file_holds_nothing_up(configured: Running) -> None:

@@ -205,7 +205,8 @@ class ConfiguredProgram(Program):
     """
     Runs what a file says; SIGHUP reads it again.
 
-    What cannot be opened when the file is read again, although it was before, is tried again every second.
+    A service that cannot listen where a file that is read again says changes nothing. What else cannot be
+    opened, a status page or what was open before, is tried again every second.
     """
 
     _log = Logger()
@@ -377,7 +378,7 @@ class ConfiguredProgram(Program):
         opened: list[tuple[Unit, str]] = []
         closed: list[tuple[Unit, str]] = []
         try:
-            await self._open_all(_missing(new_units), closing, opened, closed)
+            await self._open_all(_missing(units.values()), closing, opened, closed)
         except BaseException:
             for each, piece in opened:
                 await each.close(piece)
@@ -398,6 +399,8 @@ class ConfiguredProgram(Program):
         for each, piece in closing:
             if (each, piece) not in closed:
                 await each.close(piece)
+        for each, piece in _missing([page]):
+            self._try(each, piece)
 
     async def _open_all(
         self,
