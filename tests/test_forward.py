@@ -509,7 +509,8 @@ class ConnectingTests(SynchronousTestCase):
     def setUp(self) -> None:
         self.backend = PendingBackend()
         self.clock = Clock()
-        self.client = RelayFactory(self.backend, "backend", clock=self.clock).buildProtocol(None)
+        self.relay = RelayFactory(self.backend, "backend", clock=self.clock)
+        self.client = self.relay.buildProtocol(None)
         self.released: list[None] = []
         self.client.keep_slot(lambda: self.released.append(None))
         self.transport = StringTransport(peerAddress=IPv4Address("TCP", "127.0.0.1", 5))
@@ -574,6 +575,25 @@ class ConnectingTests(SynchronousTestCase):
         self.assertTrue(self.transport.disconnecting)
         self.client.connectionLost(Failure(ConnectionDone()))
         self.assertEqual(len(self.released), 1)
+
+    def test_a_client_that_takes_the_rest_has_its_slot_until_it_has_it_when_nobody_can_come_any_more(
+        self,
+    ) -> None:
+        self.answer()
+        self.relay.doStart()
+        self.relay.doStop()
+        self.client.other.connectionLost(Failure(ConnectionDone()))
+        self.assertEqual(self.released, [])
+        self.client.connectionLost(Failure(ConnectionDone()))
+        self.assertEqual(len(self.released), 1)
+
+    def test_no_more_clients_take_the_rest_without_a_slot_than_descriptors_allow(self) -> None:
+        self.answer()
+        self.relay.lingering = 1000
+        self.client.other.connectionLost(Failure(ConnectionDone()))
+        self.assertEqual(self.released, [])
+        self.client.connectionLost(Failure(ConnectionDone()))
+        self.assertEqual((len(self.released), self.relay.lingering), (1, 1000))
 
     def test_the_slot_is_not_free_before_the_backend_is_gone(self) -> None:
         backend = self.answer()

@@ -76,6 +76,7 @@ class RelayFactory(Factory):
         self.name = name
         self.options = RelayOptions() if options is None else options
         self.lingering = 0
+        self._has_stopped = False
         self.log = BoundedLog(Logger(), clock)
         self._clock = clock
 
@@ -90,6 +91,18 @@ class RelayFactory(Factory):
             self._clock = reactor
         return self._clock
 
+    def startFactory(self) -> None:
+        """
+        A port listens.
+        """
+        self._has_stopped = False
+
+    def stopFactory(self) -> None:
+        """
+        No port listens any more.
+        """
+        self._has_stopped = True
+
     def buildProtocol(self, addr: IAddress | None) -> ClientEnd:
         """
         The client's end of a relay. It connects to the backend once it is connected itself.
@@ -99,7 +112,12 @@ class RelayFactory(Factory):
     def may_linger(self) -> bool:
         """
         Whether one more client may take the rest of its answer without a slot.
+
+        When nobody can come any more, it keeps the slot, so that whoever waits for the slots to be free waits
+        for it, too.
         """
+        if self._has_stopped:
+            return False
         most = _descriptors.limit()
         return not _descriptors.is_short and self.lingering < (1000 if most is None else min(most // 8, 1000))
 
