@@ -110,7 +110,8 @@ class RedisStore:
         self._questions: list[_Question] = []
         self._asked: dict[str, Deferred[Any]] = {}
         self._exchanging = False
-        self._look_again = False
+        # What was heard during an exchange.
+        self._heard: str | None = None
         self._is_writing = False
         self._closed = False
         self._timer = Timer(self, self._clock)
@@ -170,22 +171,25 @@ class RedisStore:
         """
         Others did something, perhaps what is known here already.
         """
-        history, _, there = notification.partition(" ")
-        if history != self._history or not there.isdigit() or int(there) > self._seen:
+        self._heard = notification
+        if not self._exchanging and self._is_news(notification):
             self._look()
+
+    def _is_news(self, notification: str) -> bool:
+        history, _, there = notification.partition(" ")
+        return history != self._history or not there.isdigit() or int(there) > self._seen
 
     def _look(self) -> None:
         """
         Add what is to be added, and see what is new.
         """
         if self._exchanging or self._closed:
-            self._look_again = True
             return
         if self._next_look is not None:
             self._next_look.cancel()
             self._next_look = None
         self._exchanging = True
-        self._look_again = False
+        self._heard = None
         operations, self._queue = self._queue[:_AT_ONCE], self._queue[_AT_ONCE:]
         questions, self._questions = self._questions, []
         exchanging = ensureDeferred(self._exchange(operations, questions))
@@ -197,24 +201,23 @@ class RedisStore:
         limits = [_AT_ONCE, _KEPT, _KEPT_BYTES]
         while True:
             known = [self._history, self._seen, self._mark]
-            answer = await self._ask("add", *known, self._member, now, *limits, *operations)
-            word = answer[0] if answer else None
+            word, *answer = await self._ask(["add", *known, self._member, now, *limits], operations)
             if word == "lost":
                 await self._write(f"h{secrets.token_hex(20)}")
                 self._log.warn(
                     "Redis at {address} has lost what it knew; it is told again", address=self._address
                 )
             elif word == "state":
-                await self._read(answer[1], int(answer[2]), str(answer[3] or ""))
+                await self._read(answer[0], int(answer[1]), answer[2])
             elif word == "ok":
                 operations = []
-                self._history, last_time, there, writes, *entries = answer[1:]
+                self._history, last_time, there, writes, *entries = answer
                 for entry in entries:
                     self._carry_out(entry)
                 if self._seen >= int(there):
                     break
             else:
-                raise ValueError(f"it answers {answer!r:.100}")
+                raise ValueError(f"it answers {word!r:.100}")
         self._time, self._time_seen = max(self._time, int(last_time)), time.monotonic()
         for question in questions:
             self._answer(question)
@@ -222,12 +225,13 @@ class RedisStore:
             self._is_writing = True
             ensureDeferred(self._write("")).addBoth(self._written)
 
-    async def _ask(self, *arguments: object) -> Any:
+    async def _ask(self, words: list[object], arguments: list[str]) -> list[str]:
         """
-        What the script returns. Redis has its time for each answer, and not for all together.
+        The words that the script returns. Redis has its time for each answer, and not for all together.
         """
+        arguments = ["\t".join(map(str, words)), *arguments]
         asking: Deferred[Any] = ensureDeferred(self._redis.eval(_SCRIPT, self._keys, arguments))
-        return await asking.addTimeout(_PATIENCE, self._clock, _too_late)
+        return str(await asking.addTimeout(_PATIENCE, self._clock, _too_late)).split("\t")
 
     async def _read(self, history: str, start: int, mark: str) -> None:
         """
@@ -236,8 +240,8 @@ class RedisStore:
         state, at, there = State(), 0, 1
         arguments = ["read", history, start]
         while at < there:
-            pages = await self._ask(*arguments, at, _PAGES_READ)
-            if not pages:
+            pages = await self._ask([*arguments, at, _PAGES_READ], [])
+            if not pages[0]:
                 return
             there = int(pages[0])
             for page in pages[1:]:
@@ -259,10 +263,10 @@ class RedisStore:
             written.append(page)
             count, size = count + records, size + len(page)
             if len(written) >= _PAGES_WRITTEN:
-                await self._ask("draft", *known, self._member, *written)
+                await self._ask(["draft", *known, self._member], written)
                 written = []
-        await self._ask("draft", *known, self._member, *written)
-        await self._ask("keep", *known, mark, now, new_history, count, size)
+        await self._ask(["draft", *known, self._member], written)
+        await self._ask(["keep", *known, mark, now, new_history, count, size], [])
 
     def _written(self, result: object) -> None:
         # A failure matters to nobody: somebody will write the state down when there is more.
@@ -323,7 +327,7 @@ class RedisStore:
             return
         self._redis.listen(_PATIENCE)
         self._timer.set()
-        if self._queue or self._questions or self._look_again:
+        if self._queue or self._questions or (self._heard is not None and self._is_news(self._heard)):
             self._look()
         else:
             self._next_look = self._clock.callLater(_POLL, self._look_now)
