@@ -252,6 +252,23 @@ def test_what_cannot_be_limited_is_left_as_it_is(settings: dict[str, object], wo
     assert all(isinstance(factory_of(each), RecordingFactory) for each in listening)
 
 
+def test_nothing_takes_two_slots_of_one_limiter() -> None:
+    tree, listening = services()
+    limiter, other = Limiter(1), Limiter(1)
+    limit_service(tree, limiter, skip=["tcp:81"])
+    limited = [factory_of(each) for each in listening]
+    with pytest.raises(
+        ValueError, match=r"listens behind this limiter already, so a connection would need two"
+    ):
+        limit_service(tree, limiter)
+    assert [factory_of(each) for each in listening] == limited
+    limit_service(tree, other)
+    assert all(factory_of(each).limiter is other for each in listening)
+    service = StreamServerEndpointService(LimitingEndpoint(tcp(), limiter), RecordingFactory())
+    with pytest.raises(ValueError, match="listens behind this limiter already"):
+        limit_service(service, limiter)
+
+
 def test_a_tree_in_which_nothing_listens_cannot_be_limited() -> None:
     for tree in (MultiService(), Service(), Application("idle")):
         with pytest.raises(ValueError, match="this has no service that listens"):

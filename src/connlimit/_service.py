@@ -116,9 +116,15 @@ def limit_service(
     :param skip: where not to: endpoint strings such as ``tcp:8081``, which stands for any interface.
     :return: the services that are limited now.
     :raises ValueError: if nothing is left to limit, it listens already, nothing listens at one of *skip*,
-        or if *when_full* asks too much of what listens without an endpoint; nothing has changed then.
+        it is behind this limiter already, or *when_full* asks too much of what listens without an endpoint;
+        nothing has changed then.
     """
     found = to_limit(service, when_full, skip)
+    for each in found:
+        if limiter in (getattr(_factory(each), "limiter", None), _limiter_of(each)):
+            raise ValueError(
+                f"{each} listens behind this limiter already, so a connection would need two of its slots"
+            )
     for each in found:
         _limit(each, limiter, when_full)
     return found
@@ -198,15 +204,33 @@ def _place(service: Any) -> Where | None:
     return Where("tcp", where, interface or (service.args[at] if len(service.args) > at else ""))
 
 
+def _factory(service: Any) -> Any:
+    """
+    The factory of a service that listens.
+    """
+    if isinstance(service, StreamServerEndpointService):
+        return service.factory
+    # It is the second of the arguments of listenTCP and its like.
+    return service.kwargs["factory"] if "factory" in service.kwargs else service.args[1]
+
+
+def _limiter_of(service: Any) -> Limiter | None:
+    """
+    The limiter of the endpoint of a service, if it has one.
+    """
+    endpoint = getattr(service, "endpoint", None)
+    return endpoint.limiter if isinstance(endpoint, LimitingEndpoint) else None
+
+
 def _limit(service: Any, limiter: Limiter, when_full: str) -> None:
+    limited = LimitingFactory(_factory(service), limiter)
     if isinstance(service, StreamServerEndpointService):
         # If it cannot listen it does not start, as one of strports.service.
         service._raiseSynchronously = True
-        service.factory = LimitingFactory(service.factory, limiter)
+        service.factory = limited
         service.endpoint = WatchedEndpoint(service.endpoint, limiter, when_full)
-    # The factory is the second of the arguments of listenTCP and its like.
     elif "factory" in service.kwargs:
-        service.kwargs["factory"] = LimitingFactory(service.kwargs["factory"], limiter)
+        service.kwargs["factory"] = limited
     else:
-        where, factory, *rest = service.args
-        service.args = (where, LimitingFactory(factory, limiter), *rest)
+        where, _, *rest = service.args
+        service.args = (where, limited, *rest)
