@@ -248,9 +248,22 @@ class _Channel(HTTPChannel):
         )
         self.loseConnection()
 
+    def allContentReceived(self) -> None:
+        """
+        A request is there. What else has arrived with it is kept, which Twisted does itself from 23.10 on.
+        """
+        self.setRawMode()
+        super().allContentReceived()
+
     def rawDataReceived(self, data: bytes) -> None:
-        if not self._is_closing:
-            super().rawDataReceived(data)
+        if self._is_closing:
+            return
+        if self._handlingRequest:
+            self._dataBuffer.append(data)
+            if sum(map(len, self._dataBuffer)) > self._optimisticEagerReadSize:
+                self._networkProducer.pauseProducing()
+            return
+        super().rawDataReceived(data)
 
     def is_asked(self) -> None:
         """
