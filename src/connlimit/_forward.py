@@ -45,6 +45,9 @@ from connlimit.interfaces import ISlotKeeper
 _DELIVERY_TIMEOUT = 60.0
 _RESET_TIMEOUT = 1.0
 
+#: Seconds after which connecting to the server takes long.
+_SOON = 0.05
+
 _UNREACHABLE = "{backend} cannot be reached, so {client} is closed: {error}"
 
 
@@ -602,8 +605,7 @@ class ClientEnd(End):
     def connectionMade(self) -> None:
         relay = self._relay
         self.transport.pauseProducing()
-        self.watch()
-        self._timer = relay.clock.callLater(relay.options.connect_timeout, self._give_up)
+        self._timer = relay.clock.callLater(_SOON, self._takes_long)
         self._connecting = relay.backend.connect(_backend_factory)
         self._connecting.addCallbacks(self._connected, self._not_connected)
 
@@ -641,6 +643,14 @@ class ClientEnd(End):
             _UNREACHABLE, backend=self._relay.name, client=self.transport.getPeer(), error=error
         )
         self.lose()
+
+    def _takes_long(self) -> None:
+        """
+        It is not a matter of milliseconds, as it is nearly always: see whether the client leaves meanwhile.
+        """
+        self.watch()
+        left = max(0.0, self._relay.options.connect_timeout - _SOON)
+        self._timer = self._relay.clock.callLater(left, self._give_up)
 
     def _give_up(self) -> None:
         """
