@@ -48,7 +48,7 @@ def run(quick: bool) -> Iterator[Result]:
         try:
             while not path.exists():
                 time.sleep(0.05)
-            time.sleep(1.1)  # a Redis that has just started gives no slots
+            time.sleep(2.1)  # a Redis that has just started gives no slots
             for processes in (1, 4):
                 figures = measure(f"unix://{path}?ttl=1", processes, rounds, seconds)
                 figures.pop("questions")
@@ -85,16 +85,22 @@ def measure(url: str, processes: int, rounds: int, seconds: float) -> dict[str, 
         for _ in range(processes)
     ]
     figures: dict[str, list[float]] = {each: [] for each in (*KINDS, "questions")}
+
+    def let(kind: str, seconds: float) -> Iterator[tuple[float, float]]:
+        for worker in workers:
+            assert worker.stdin is not None
+            worker.stdin.write(f"{kind} {seconds}\n")
+            worker.stdin.flush()
+        for worker in workers:
+            assert worker.stdout is not None
+            admitted, asked = json.loads(worker.stdout.readline())
+            yield admitted, asked
+
     try:
+        list(let("RedisLimit", 1.5))  # the first to use a limit waits a moment for its slots
         for _ in range(rounds):
             for kind in KINDS:
-                for worker in workers:
-                    assert worker.stdin is not None
-                    worker.stdin.write(f"{kind} {seconds}\n")
-                    worker.stdin.flush()
-                for worker in workers:
-                    assert worker.stdout is not None
-                    admitted, asked = json.loads(worker.stdout.readline())
+                for admitted, asked in let(kind, seconds):
                     figures[kind].append(admitted)
                     if kind == "RedisLimit":
                         figures["questions"].append(asked)

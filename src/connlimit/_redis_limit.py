@@ -191,7 +191,7 @@ class RedisLimit:
         See `ILimit.try_acquire`.
         """
         in_use = self.in_use + 1
-        if in_use <= self._room():
+        if (in_use <= self.held - self._set_aside and since_boot() < self._ends) or in_use <= self._room():
             self.in_use = in_use
             if in_use > self._peak:
                 self._peak = in_use
@@ -443,7 +443,7 @@ class RedisLimit:
         See `IAsker.heard`.
         """
         if message == self.member:
-            if self._short or self._queued:
+            if self._short or self._queued or self._asking:
                 self._ask_soon(0)
         elif message == _CHANGED or not message:
             if self._short or self.held:

@@ -492,7 +492,6 @@ class Link:
             if timer is not None and timer.active():
                 timer.cancel()
         self._pause = self._beating = None
-        _links.pop((id(self._reactor), self.address), None)
 
     def _tell(self, asker: Any, what: str, *about: Any) -> None:
         try:

@@ -132,7 +132,7 @@ elseif asks or (question.more and mine and mine.turn > 0 and asking > 0) then
   turn = about.turns
 end
 local is_new = asks and not (mine and mine.turn > 0)
-local asks_soon = asks and earlier < 2
+local asks_soon = turn > 0 and (asks and earlier or asking) < 2
 
 mine = {
   held = held, in_use = question.in_use, asked = now, ends = now + ttl, number = question.number,
