@@ -430,7 +430,14 @@ class Commands(LineReceiver):
     delimiter = b"\n"
 
     def lineReceived(self, line):
-        self.sendLine(repr(eval(line.decode())).encode())
+        try:
+            answer = eval(line.decode())
+        except Exception as error:
+            answer = str(error)
+        self.sendLine(repr(answer).encode())
+
+    def connectionLost(self, reason):
+        os._exit(0)
 
 def fork(*acts):
     reading, writing = os.pipe()
@@ -571,6 +578,22 @@ def test_a_child_that_goes_on_in_its_parents_place_notices_departures(reactor_na
         for client in before[1:] + after:
             client.close()
         server.until(0, 10)
+        assert server.rests()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize("reactor_name", ["epoll", "poll", "select"])
+def test_a_child_that_is_forked_while_nobody_waits_has_the_kernels_word(reactor_name: str) -> None:
+    with Forking(reactor_name) as server:
+        connect(server.where).close()
+        server.until(0, 1)
+        server.do("move()")
+        clients = [connect(server.where) for _ in range(5)]
+        server.until(5, 1)
+        assert server.do("_departures.of(reactor).is_used()") is True
+        for client in clients:
+            client.close()
+        server.until(0, 6)
         assert server.rests()
 
 

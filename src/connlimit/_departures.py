@@ -332,6 +332,12 @@ class Departures:
         if self._count:
             self._reactor.addReader(self)
 
+    def is_used(self) -> bool:
+        """
+        Whether the kernel watches anything.
+        """
+        return self._count > 0
+
     def disown(self) -> None:
         """
         Leave the kernel's word to the parent of this process, and look at each from the next call on.
@@ -389,9 +395,13 @@ def _forked() -> None:
     """
     Be in the child of a process that has forked.
     """
-    for departures in _of_reactors.values():
-        if isinstance(departures, Departures):
+    for reactor, departures in list(_of_reactors.items()):
+        if not isinstance(departures, Departures):
+            continue
+        if departures.is_used():
             departures.disown()
+        else:
+            del _of_reactors[reactor]  # the next one has an epoll of its own
 
 
 if hasattr(os, "register_at_fork"):
