@@ -7,13 +7,14 @@ from __future__ import annotations
 import re
 import selectors
 import socket
+import ssl
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 
 import pytest
-from support import PATIENCE, read_all
+from support import PATIENCE, read_all, running
 from test_semaphores_http import Server, ours
 
 HEALTH = b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"
@@ -217,3 +218,20 @@ def test_thousands_that_stay_half_way_cost_little_and_stop_nobody(tmp_path: Path
         assert server.ask("GET", "/health") == (200, "Ok")
         assert server.program.resident_memory() < before + 2000 * 20_000
         assert "Traceback" not in server.program.output
+
+
+def test_within_tls_all_is_as_without(tmp_path: Path, certificate: Path) -> None:
+    (tmp_path / "throttle.toml").write_text("[semaphores]\n" + "".join(f"s{n} = 1\n" for n in range(3000)))
+    listen = f"ssl:0:privateKey={certificate}:interface=127.0.0.1"
+    with running("connlimit-semaphores", "--listen", listen, cwd=tmp_path) as program:
+        asked = b"GET /metrics HTTP/1.1\r\n\r\n" * 3 + b"GET /health HTTP/1.1\r\nConnection: close\r\n\r\n"
+        context = ssl.create_default_context(cafile=str(certificate))
+        with (
+            socket.create_connection(("127.0.0.1", program.port()), PATIENCE) as raw,
+            context.wrap_socket(raw, server_hostname="localhost") as client,
+        ):
+            client.sendall(asked)
+            answers = read_all(client)
+    assert statuses(answers) == [200] * 4
+    assert answers.count(b'throttle_pending{semaphore="s2999"} 0') == 3
+    assert answers.endswith(b"Ok")

@@ -273,3 +273,38 @@ def test_the_state_is_written_down_seldom_while_peers_become_more(tmp_path: Path
                 written.add(redis.ask(b"HGET", b"connlimit:{semaphores}:about", b"count"))
         connection.close()
         assert len(written) <= 4
+
+
+def test_a_redis_that_refuses_each_operation_is_told_of_once(tmp_path: Path, redis: Redis) -> None:
+    with ours(tmp_path, "--store", redis.url) as server:
+        peer = server.new_peer()
+        redis.ask(b"CONFIG", b"SET", b"maxmemory", b"1")
+        for _ in range(4):
+            began = time.monotonic()
+            while server.ask("PUT", f"/peers/{peer}", {"expires_in": "5min"})[0] != 503:
+                assert time.monotonic() - began < PATIENCE
+        redis.ask(b"CONFIG", b"SET", b"maxmemory", b"0")
+        began = time.monotonic()
+        while server.ask("PUT", f"/peers/{peer}", {"expires_in": "5min"}) != (200, "Ok"):
+            assert time.monotonic() - began < PATIENCE
+            time.sleep(0.05)
+        server.program.wait_for("is back")
+        assert server.program.output.count("cannot be used") == 1
+        assert server.program.output.count("is back") == 1
+
+
+def test_the_time_of_the_operations_is_not_that_of_a_clock_which_can_be_set(
+    tmp_path: Path, redis: Redis
+) -> None:
+    with ours(tmp_path, "--store", redis.url) as server:
+        began = time.monotonic()
+        peer = server.new_peer("2s")
+        with closing(socket.socket(socket.AF_UNIX)) as client:
+            client.connect(str(redis.socket))
+            client.sendall(command("HGET", "connlimit:{semaphores}:about", "time") + command("QUIT"))
+            now = int(read_all(client).split(b"\r\n")[1])
+        # Milliseconds since the first server of this store began.
+        assert now < (time.monotonic() - began + PATIENCE) * 1000
+        while server.ask("GET", f"/peers/{peer}/is_acquired")[0] == 200:
+            time.sleep(0.05)
+        assert 1.9 < time.monotonic() - began < PATIENCE

@@ -14,7 +14,6 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Mapping
 from email.utils import formatdate
 from functools import lru_cache
-from itertools import chain
 from typing import Any
 
 import attrs
@@ -496,13 +495,6 @@ class HttpConnection(Protocol):
             self.factory.expect(self, None)
             self.transport.abortConnection()
 
-    def close_if_idle(self) -> None:
-        """
-        Close the connection unless there is a request to be answered.
-        """
-        if self._answering is None and not self._requests and not self._is_deaf:
-            self._close()
-
     def _refuse(self, status: int, text: str) -> None:
         """
         Say what is wrong, to a client that may be sending still, and read no more.
@@ -573,13 +565,6 @@ class HttpFactory(Factory):
             self._expected[what][connection] = None
             if not self._looking.running:
                 self._looking.start(_LOOK, now=False)
-
-    def close_idle(self) -> None:
-        """
-        Close the connections that have no request.
-        """
-        for connection in list(chain.from_iterable(self._expected.values())):
-            connection.close_if_idle()
 
     def _look(self) -> None:
         """
