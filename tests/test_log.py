@@ -188,6 +188,17 @@ class LogTests(LimiterTestCase):
     def test_a_further_limit_is_told_by_its_name(self) -> None:
         self.assertEqual(self.told(1, max_connections=5, limits=[Elsewhere()]), "no slot from Elsewhere web")
 
+    def test_a_limit_that_cannot_tell_its_name_harms_nobody(self) -> None:
+        class Nameless(Elsewhere):
+            def __repr__(self) -> str:
+                raise ZeroDivisionError
+
+        class Endless(Elsewhere):
+            name = "x" * 1_000_000
+
+        self.assertEqual(self.told(1, limits=[Nameless()]), "no slot from Nameless")
+        self.assertEqual(len(self.told(1, limits=[Endless()])), len("no slot from ") + 100)
+
     def test_descriptors_that_run_short_are_told(self) -> None:
         self.limited(1, log=True)
         with Log() as log:

@@ -430,7 +430,7 @@ class Limiter:
             limit, key = next(iter(keys))
             others = f" and {len(keys) - 1} others" if len(keys) > 1 else ""
             what = f"max_per_peer is {settings.max_per_peer}" if limit is self._peers else _named(limit)
-            return f"{what}, of {key}{others}" if key is not _UNKNOWN else what
+            return what if key is _UNKNOWN else f"{what}, of {_short(key)}{others}"
         limit = self._further.lacking if self._further is not None else None
         if limit is None:
             return f"{self.active} of any number"
@@ -1264,10 +1264,18 @@ def _named(limit: ILimit) -> str:
     """
     What a limit is called in the log.
     """
-    if type(limit).__repr__ is not object.__repr__:
-        return repr(limit)[:_MOST_NAMED]
-    name = getattr(limit, "name", None)
-    return f"{type(limit).__name__} {name}"[:_MOST_NAMED] if isinstance(name, str) else type(limit).__name__
+    kind = type(limit)
+    try:
+        if kind.__repr__ is not object.__repr__:
+            return repr(limit)[:_MOST_NAMED]
+        name = getattr(limit, "name", None)
+    except Exception:  # it is whatever a user has written
+        return kind.__name__
+    return _short(f"{kind.__name__} {name}") if isinstance(name, str) else kind.__name__
+
+
+def _short(thing: object) -> str:
+    return str(thing)[:_MOST_NAMED]
 
 
 #: How much of a limit's name is logged.
