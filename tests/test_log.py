@@ -179,6 +179,12 @@ class LogTests(LimiterTestCase):
             "max_per_peer is 1, of 192.0.2.2",
         )
 
+    def test_a_peer_at_its_cap_that_may_not_wait_is_told(self) -> None:
+        self.assertEqual(
+            self.told(1, 2, 2, max_connections=100, max_per_peer=1, max_waiting=0),
+            "max_per_peer is 1, of 192.0.2.2, max_waiting is 0",
+        )
+
     def test_with_a_peer_at_its_cap_and_all_slots_taken_that_is_told(self) -> None:
         self.assertEqual(self.told(1, 1, 2, 3, max_connections=2, max_per_peer=1), "max_connections is 2")
 

@@ -419,9 +419,9 @@ class Limiter:
             return f"max_per_peer is {settings.max_per_peer}, of {self._peer(connection.address)}"
         most = settings.max_waiting
         queue = f", max_waiting is {most}" if most is not None and self.waiting >= most else ""
-        return self._lacking() + queue
+        return self._lacking(connection) + queue
 
-    def _lacking(self) -> str:
+    def _lacking(self, connection: IConnection | None) -> str:
         settings = self.settings
         if not self._has_slot():
             return f"max_connections is {settings.max_connections}"
@@ -434,6 +434,8 @@ class Limiter:
         limit = self._further.lacking if self._further is not None else None
         if limit is None:
             return f"{self.active} of any number"
+        if limit is self._peers and connection is not None:
+            return f"max_per_peer is {settings.max_per_peer}, of {self._peer(connection.address)}"
         if limit is self._rate:
             return f"max_rate is {settings.max_rate} per second"
         return f"no slot from {_named(limit)}"
