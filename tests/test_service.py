@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from fakes import RecordingFactory
 from pytest_twisted import ensureDeferred
-from sockets import connected, patiently, until
+from sockets import connected, listening, patiently, until
 from twisted.application.internet import (
     SSLServer,
     StreamServerEndpointService,
@@ -24,7 +24,7 @@ from twisted.internet import reactor
 from twisted.internet.endpoints import TCP4ServerEndpoint, serverFromString
 from twisted.internet.error import CannotListenError
 from twisted.internet.interfaces import IStreamServerEndpoint
-from twisted.internet.protocol import Factory
+from twisted.internet.protocol import Factory, Protocol
 from zope.interface import providedBy
 from zope.interface.verify import verifyObject
 
@@ -160,6 +160,40 @@ async def test_what_is_left_after_the_drain_timeout_is_aborted() -> None:
         await patiently(service.stopService())
         await client.is_closed()
         assert limiter.active == 0
+
+
+class Bitwise(Protocol):
+    """
+    Produces ten bytes, one in a tenth of a second, and then no more.
+    """
+
+    def connectionMade(self) -> None:
+        self.transport.registerProducer(self, True)
+        self.produce(10)
+
+    def produce(self, count: int) -> None:
+        self.transport.write(b"x")
+        if count > 1:
+            reactor.callLater(0.1, self.produce, count - 1)
+        else:
+            self.transport.unregisterProducer()
+
+    def resumeProducing(self) -> None: ...
+
+    def pauseProducing(self) -> None: ...
+
+    def stopProducing(self) -> None: ...
+
+
+@ensureDeferred
+async def test_what_is_still_produced_at_the_end_of_a_drain_is_not_cut_between_two_writes() -> None:
+    limiter = Limiter(1)
+    async with listening(limiter, server=Factory.forProtocol(Bitwise)) as (_, where):
+        client = await connected(where)
+        await until(lambda: limiter.active == 1)
+        await patiently(limiter.drain(0.05))
+        await client.is_closed()
+        assert client.received == b"x" * 10
 
 
 @pytest.mark.parametrize("wrong", [-1, float("inf"), float("nan")])

@@ -26,6 +26,29 @@ def is_at_rest(protocol: Any, transport: Any, quiet: float | None) -> bool:
     return quiet is not None and _sockets.is_at_rest(transport, quiet)
 
 
+def is_producing(protocol: Any, transport: Any) -> bool:
+    """
+    Whether something is being written to a connection bit by bit, as far as that can be told: closed now, it
+    would be cut between two of them.
+    """
+    has_request = _has_request(protocol)
+    if has_request is not None:
+        return has_request
+    return getattr(_sockets.lowest(transport), "producer", None) is not None
+
+
+def close(protocol: Any, transport: Any) -> None:
+    """
+    Close a connection in good order. One of HTTP does it by itself: it is a producer as long as it lives, for
+    which TLS would wait.
+    """
+    http = sys.modules.get("twisted.web.http")
+    channel = _channel(protocol)
+    if http is not None and isinstance(channel, http.HTTPChannel) and not channel.requests:
+        channel.loseConnection()
+    transport.loseConnection()
+
+
 def _has_request(protocol: Any) -> bool | None:
     """
     Whether a connection of HTTP has a request that is being received or answered; None if it is none of HTTP.
@@ -33,11 +56,22 @@ def _has_request(protocol: Any) -> bool | None:
     http = sys.modules.get("twisted.web.http")
     if http is None:  # then nothing can be of it
         return None
-    while protocol is not None:
-        if isinstance(protocol, http.HTTPChannel):
-            return bool(protocol.requests or protocol._buffer)
-        if type(protocol).__module__ == "twisted.web._http2":
-            return bool(getattr(protocol, "streams", True))
-        inner = vars(protocol).get("_channel") if hasattr(protocol, "__dict__") else None
-        protocol = inner if inner is not None else getattr(protocol, "wrappedProtocol", None)
+    channel = _channel(protocol)
+    if isinstance(channel, http.HTTPChannel):
+        return bool(channel.requests or channel._buffer)
+    if type(channel).__module__ == "twisted.web._http2":
+        return bool(getattr(channel, "streams", True))
     return None
+
+
+def _channel(protocol: Any) -> Any:
+    """
+    The innermost protocol: that of HTTP, if it is one.
+    """
+    while True:
+        inner = vars(protocol).get("_channel") if hasattr(protocol, "__dict__") else None
+        if inner is None:
+            inner = getattr(protocol, "wrappedProtocol", None)
+        if inner is None:
+            return protocol
+        protocol = inner

@@ -26,11 +26,18 @@ class Patience:
     """
 
     def __init__(
-        self, transport: Any, clock: IReactorTime, give_up: Callable[[], None], quiet: float, most: float
+        self,
+        transport: Any,
+        clock: IReactorTime,
+        give_up: Callable[[], None],
+        quiet: float,
+        most: float,
+        pause: Callable[[], None] | None = None,
     ) -> None:
         """
         :param transport: that of the connection.
         :param give_up: called when nothing has moved for *quiet* seconds, or after *most* seconds.
+        :param pause: called each time that nothing has moved for a part of *quiet*.
         """
         self._transport = transport
         self._clock = clock
@@ -38,6 +45,7 @@ class Patience:
         self._quiet = quiet
         self._began = self._moved = clock.seconds()
         self._most = most
+        self._pause = pause
         self._state = _sockets.progress(transport)
         self._timer: IDelayedCall | None = clock.callLater(quiet / _LOOKS, self._look)
 
@@ -56,5 +64,7 @@ class Patience:
         if now - self._moved >= self._quiet or now - self._began >= self._most:
             self._timer = None
             self._give_up()
-        else:
-            self._timer = self._clock.callLater(self._quiet / _LOOKS, self._look)
+            return
+        self._timer = self._clock.callLater(self._quiet / _LOOKS, self._look)
+        if self._pause is not None and self._moved != now:
+            self._pause()

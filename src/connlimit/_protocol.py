@@ -25,7 +25,7 @@ from twisted.python.failure import Failure
 from zope.interface import implementer, providedBy
 
 from connlimit import _departures, _descriptors, _sockets
-from connlimit._at_rest import is_at_rest
+from connlimit._at_rest import close, is_at_rest, is_producing
 from connlimit._closing import MOST, QUIET, Patience
 from connlimit._peers import UNIXPeer
 from connlimit.interfaces import IConnection, ISlotKeeper
@@ -253,12 +253,21 @@ class DelegatingProtocol:  # type: ignore[misc]  # connectionMade is for makeCon
         """
         if self.closing is not None or not self.connected:
             return
+        give_up = partial(self._give_up, gave_up)
         self.closing = Patience(
-            self.transport, self.factory.limiter.clock, partial(self._give_up, gave_up), QUIET, MOST
+            self.transport, self.factory.limiter.clock, give_up, QUIET, MOST, self._lose_connection
         )
         try:
-            self.transport.loseConnection()
-        except BaseException:
+            if is_producing(self.wrappedProtocol, self.transport):
+                return  # until it pauses
+        except Exception:
+            self.factory.connection_log.failure("{connection} could not be asked", connection=self)
+        self._lose_connection()
+
+    def _lose_connection(self) -> None:
+        try:
+            close(self.wrappedProtocol, self.transport)
+        except Exception:
             self.factory.connection_log.failure("{connection} could not be closed", connection=self)
 
     def _give_up(self, gave_up: Callable[[], None] | None) -> None:
