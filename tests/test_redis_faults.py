@@ -451,7 +451,7 @@ async def test_a_connection_that_hears_nothing_any_more_is_made_anew(
     one = redis_limit.RedisLimit("deaf", 1, url=proxied.url, ttl=30)
     other = redis_limit.RedisLimit("deaf", 1, url=proxied.redis_url, ttl=30)
     served = []
-    one.subscribe(lambda: one.try_acquire(None))
+    one.subscribe(lambda: one.in_use or served or one.try_acquire(None))
     other.subscribe(lambda: other.try_acquire(None) and served.append(other))
     assert not one.try_acquire(None)
     await until(lambda: one.in_use == 1 and one._link.hears(one.channel))
@@ -462,6 +462,7 @@ async def test_a_connection_that_hears_nothing_any_more_is_made_anew(
     assert not other.try_acquire(None)
     await until(lambda: one._link._ear not in (None, ear) and one._link.hears(one.channel))
     assert since_boot() - began < 5
+    one._subscribers.clear()
     one.release(None)
     await until(lambda: served)
     assert since_boot() - began < 7
@@ -781,3 +782,32 @@ async def test_connections_that_are_killed_are_made_again_without_a_word(redis: 
     limit.release(None)
     limit.release(None)
     await patiently(limit.close())
+
+
+def test_processes_that_were_forked_after_a_limit_was_made_have_names_of_their_own(tmp_path: Path) -> None:
+    redis = Redis(tmp_path).start()
+    code = """
+import os, sys
+from connlimit.shared import RedisLimit
+limit = RedisLimit("forked", 6, url=sys.argv[1], ttl=1)
+children = [os.fork() for _ in range(1)]
+from twisted.internet import reactor
+limit.subscribe(lambda: [limit.try_acquire(None) for _ in range(3 - limit.in_use)])
+limit.try_acquire(None)
+def look():
+    if limit.in_use == 3:
+        print(limit.member, flush=True)
+        reactor.callLater(1, reactor.stop)
+    else:
+        reactor.callLater(0.05, look)
+look()
+reactor.run()
+"""
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", code, redis.url], capture_output=True, text=True, timeout=PATIENCE
+        )
+        members = done.stdout.split()
+        assert len(members) == len(set(members)) == 2, done
+    finally:
+        redis.stop()

@@ -134,7 +134,7 @@ class RedisLimit:
         self._failures = BoundedLog(self._log)
         self._subscribers: list[Callable[[], None]] = []
         # What the link asks with.
-        self.member = f"{self._link.process}#{next(_numbers)}"
+        self.member = ""
         self.patience = max(0.5, min(2.0, self._ttl / 3))
         self.keys = [b"2", *(key.encode() for key in keys_of(name))]
         self.channel = _channel(name)
@@ -262,6 +262,8 @@ class RedisLimit:
             return
         self._asking = True
         self._ask_again = False
+        if not self.member:
+            self.member = f"{self._link.process}#{next(_numbers)}"
         self._link.join(self)
         self._link.ask(self)
 

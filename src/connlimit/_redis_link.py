@@ -13,6 +13,7 @@ import os
 import random
 from collections import deque
 from collections.abc import Callable, Iterable
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
@@ -182,7 +183,6 @@ class Link:
     """
     The connections of this process to a Redis.
 
-    :ivar process: the name of this process, and of this link.
     :ivar connection: the number of the connection for questions.
     """
 
@@ -205,7 +205,6 @@ class Link:
         :raises ValueError: if it cannot be connected to as the address says.
         """
         self.address = address
-        self.process = f"{os.uname().nodename}:{os.getpid()}:{random.getrandbits(48):012x}"
         self.connection = 0
         self._failures_log = BoundedLog(self._log)
         self._endpoint = address.endpoint(reactor)
@@ -286,6 +285,14 @@ class Link:
         Whether an asker hears its channel, and is the only one here that does.
         """
         return asker.channel in self._subscribed and self._hearers.get(asker.channel) == [asker]
+
+    @cached_property
+    def process(self) -> str:
+        """
+        The name of this process, and of this link. It is made when it is asked for, since a program may have
+        become a daemon, or several processes, after it has made its limits.
+        """
+        return f"{os.uname().nodename}:{os.getpid()}:{random.SystemRandom().getrandbits(48):012x}"
 
     @property
     def turns(self) -> str:
