@@ -5,12 +5,14 @@ Whatever is wrong gets one sentence, in each of the four ways in, and nothing is
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from fakes import RecordingFactory
 from test_settings import VALUES
+from test_tap import ECHO, TAC
 from twisted.internet import reactor
 from twisted.internet.endpoints import quoteStringArgument, serverFromString
 
@@ -167,6 +169,60 @@ def test_a_wrong_setting_on_the_command_line(name: str, text: str) -> None:
 )
 def test_a_wrong_command_line(arguments: list[str], words: str) -> None:
     one_sentence(refused(*arguments), words)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--tac=absent.tac"], "--tac absent.tac cannot be read: No such file or directory"),
+        (["--tac=."], "--tac . cannot be read: Is a directory"),
+        (["--tac=empty.tac"], "--tac empty.tac failed: it has no application"),
+        (["--tac=failing.tac"], "--tac failing.tac failed: RuntimeError: not today, nor tomorrow"),
+        (["--tac=wrong.tac"], "--tac wrong.tac failed: SyntaxError: "),
+        (["--tac=ending.tac"], "--tac ending.tac failed: SystemExit: 5"),
+        (["--tac=number.tac"], "--tac number.tac failed: "),
+        (["--tac=idle.tac"], "idle.tac has no service that listens, so there is nothing to limit"),
+        (
+            ["--tac=echoes.tac", "--skip=tcp:7"],
+            "--skip must say where something listens (tcp:0:interface=127.0.0.1, unix:",
+        ),
+        (["--tac=echoes.tac", "--skip=tpc:7"], "--skip must be an endpoint such as tcp:8080, not 'tpc:7'"),
+        (
+            ["--tac=echoes.tac", "--skip=tcp:0", "--skip=unix:{echo}/admin"],
+            "--skip leaves nothing of echoes.tac to limit",
+        ),
+        (["--tac=echoes.tac", "--listen=tcp:0"], "--listen must be left out with --tac"),
+        (
+            ["--tac=echoes.tac", "--when-full=stop-accepting"],
+            "--when-full must be refuse, not stop-accepting",
+        ),
+        (["--tac=echoes.tac", "web"], "only one of --tac and web can be limited"),
+        (["--listen=tcp:0", "--forward=tcp:h:1", "--skip=tcp:0"], "--skip needs a plugin or --tac"),
+        (
+            ["--skip=tcp:7", "web", "--listen=tcp:0"],
+            "--skip must say where something listens (tcp:0), not 'tcp:7'",
+        ),
+    ],
+)
+def test_an_application_that_cannot_be_limited(
+    arguments: list[str], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)  # what is done to the path is undone at the end
+    monkeypatch.delitem(sys.modules, "echo_server", raising=False)
+    (tmp_path / "echo_server.py").write_text(ECHO)
+    files = {
+        "echoes": TAC.replace("UID", "65534"),
+        "empty": "",
+        "failing": "raise RuntimeError('not today,\\nnor tomorrow')",
+        "wrong": "application =",
+        "ending": "raise SystemExit(5)",
+        "number": "application = 5",
+        "idle": "from twisted.application.service import Application\napplication = Application('idle')",
+    }
+    for name, text in files.items():
+        (tmp_path / f"{name}.tac").write_text(text)
+    arguments = [each.replace("{echo}", str(tmp_path)) for each in arguments]
+    one_sentence(refused("--max-connections=1", *arguments), words)
 
 
 @pytest.mark.parametrize(
