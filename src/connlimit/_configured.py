@@ -508,7 +508,10 @@ class ConfiguredProgram(Program):
         if self._is_stopping:
             return
         if not self._changing.locked:
-            tried = [self._try(unit, piece) for unit, piece in _missing([*self._units.values(), self._page])]
+            missing = _missing([*self._units.values(), self._page])
+            wanted = {(unit.name, piece) for unit, piece in missing}
+            self._failed = {key: error for key, error in self._failed.items() if key in wanted}
+            tried = [self._try(unit, piece) for unit, piece in missing]
             if any(tried):
                 self.role.reload(self, self._text)
             for limiter in self._departing[:]:
