@@ -8,9 +8,12 @@ import errno
 import os
 import select
 import socket
+import ssl
+import struct
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
@@ -763,3 +766,32 @@ def test_a_reader_that_stops_reading_stops_the_writer_and_loses_nothing() -> Non
         # What was taken is in the kernel's buffers, four of them, and not in the process.
         assert program.resident_memory() - before < 8 * MIB
         assert read_all(client) == (CHUNK * (sent // len(CHUNK) + 1))[:sent]
+
+
+def test_inside_tls_a_truncated_answer_does_not_end_like_a_whole_one(certificate: Path) -> None:
+    def answer(connection: socket.socket) -> None:
+        if connection.recv(10) == b"all of it":
+            connection.sendall(b"whole")
+            return
+        connection.sendall(b"truncated")
+        time.sleep(0.2)  # so that it arrives: a reset takes what is on its way
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+
+    context = ssl.create_default_context(cafile=str(certificate))
+    for question in (b"all of it", b"a part"):
+        with (
+            backend_thread(answer) as backend,
+            running(
+                "connlimit",
+                *("--listen", f"ssl:0:interface=127.0.0.1:privateKey={certificate}:certKey={certificate}"),
+                *("--forward", backend, "--max-connections", "5"),
+            ) as program,
+            socket.create_connection(("127.0.0.1", program.port()), PATIENCE) as raw,
+            context.wrap_socket(raw, server_hostname="localhost", suppress_ragged_eofs=False) as client,
+        ):
+            client.sendall(question)
+            if question == b"all of it":
+                assert read_all(client) == b"whole"
+            else:
+                with pytest.raises((ConnectionResetError, ssl.SSLEOFError)):
+                    read_all(client)
