@@ -4,16 +4,18 @@ Programs with few descriptors: they never run out of them, and nobody who waits 
 
 from __future__ import annotations
 
+import re
 import signal
 import socket
 import threading
 import time
+import urllib.request
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 
 import pytest
-from support import PATIENCE, Program, free_port, running
+from support import ECHO, PATIENCE, Program, free_port, running
 
 resource = pytest.importorskip("resource")
 
@@ -147,3 +149,29 @@ def test_those_who_are_served_leave_descriptors_too(tmp_path: Path) -> None:
         assert "cannot be reached" not in program.output
         assert "Too many open files" not in program.output
         assert "EMFILE" not in program.output
+
+
+def test_a_crowd_at_the_status_page_and_one_that_waits_leave_the_last_descriptors(tmp_path: Path) -> None:
+    page = free_port()
+    options = ["--listen=tcp:0:interface=127.0.0.1", "--max-connections=2", "--refusal=http"]
+    options += [f"--status=tcp:{page}:interface=127.0.0.1"]
+    (tmp_path / "echoing.py").write_text(ECHO)
+    with (
+        running("connlimit", *options, "--factory=echoing:factory", ulimit="-n 256", cwd=tmp_path) as program,
+        ExitStack() as stack,
+    ):
+        program.wait_for("2 served at once")
+        listening = {int(port) for port in re.findall(r"starting on (\d+)", program.output)}
+        (port,) = listening - {page}
+        for where in (port, page, port, page):
+            for _ in range(200):
+                stack.enter_context(socket.create_connection(("127.0.0.1", where), PATIENCE))
+        time.sleep(2)  # those who make room at the page may take a second to close
+        with urllib.request.urlopen(f"http://127.0.0.1:{page}/health", timeout=PATIENCE) as answer:
+            assert answer.read() == b"ok\n"
+        stack.close()
+        with socket.create_connection(("127.0.0.1", port), PATIENCE) as client:
+            assert echoes(client)
+        assert program.terminate() == 0
+        assert "EMFILE" not in program.output
+        assert "Too many open files" not in program.output

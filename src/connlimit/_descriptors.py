@@ -155,6 +155,15 @@ def left_in_reserve() -> bool:
     return most is None or _lowest_free(most) < most - share(most)
 
 
+def may_be_accepted() -> bool:
+    """
+    Whether a connection that was just accepted may keep its descriptor: not if that is of the last share.
+    Looks at the table, since those that make room for others have their descriptors for a while.
+    """
+    most = _known_limit()
+    return most is None or _lowest_free(most) <= most - share(most)
+
+
 class Share:
     """
     What one use takes of the descriptors: a share of the reserve at most, or, as long as nobody is short of

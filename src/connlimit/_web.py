@@ -72,6 +72,12 @@ class GuardedSite(Site):
         Log no request.
         """
 
+    def buildProtocol(self, addr: Any) -> Any:
+        """
+        The channel of a new connection, or None if it has one of the last descriptors.
+        """
+        return super().buildProtocol(addr) if _descriptors.may_be_accepted() else None
+
     def acceptableProtocols(self) -> list[bytes]:
         """
         Inside TLS, HTTP/1.1 alone: what is promised here is kept by its channel.
