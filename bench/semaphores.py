@@ -7,6 +7,7 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import subprocess
 import sys
 import tempfile
 import time
@@ -17,10 +18,11 @@ from pathlib import Path
 
 from bench.processes import LOAD_CPU, Missing, Process, free_port, in_turn, missing, script
 from bench.results import Note, Result, comparison
+from bench.shared import redis_server
 
 _FILE = "[semaphores]\nA = 10\n"
 
-_OURS, _ORIGINAL = "connlimit-semaphores", "throttle 0.4.1"
+_OURS, _STORED, _ORIGINAL = "connlimit-semaphores", "connlimit-semaphores --store", "throttle 0.4.1"
 
 
 def run(quick: bool) -> Iterator[Result]:
@@ -33,6 +35,10 @@ def run(quick: bool) -> Iterator[Result]:
         file = folder / "throttle.toml"
         file.write_text(_FILE)
         servers = {_OURS: stack.enter_context(_ours(file))}
+        try:
+            servers[_STORED] = stack.enter_context(_ours(file, "--store", _redis(folder, stack)))
+        except Missing as left_out:
+            yield Note(str(left_out))
         try:
             servers[_ORIGINAL] = stack.enter_context(_original(file))
         except Missing as left_out:
@@ -47,11 +53,27 @@ def run(quick: bool) -> Iterator[Result]:
         yield comparison("semaphores", caption, "locks/s", reports, {}, subject=_OURS)
 
 
-def _ours(file: Path) -> Process:
+def _redis(folder: Path, stack: ExitStack) -> str:
+    """
+    The URL of a Redis that ends with the stack.
+
+    :raises Missing: if there is none, and there need not be.
+    """
+    path = folder / "redis.sock"
+    command = [redis_server(), "--port", "0", "--unixsocket", str(path), "--save", "", "--dir", str(folder)]
+    redis = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    stack.callback(redis.wait)
+    stack.callback(redis.kill)
+    while not path.exists():
+        time.sleep(0.01)
+    return f"unix://{path}"
+
+
+def _ours(file: Path, *arguments: str) -> Process:
     port = free_port()
     command = [sys.executable, script("twistd"), "-n", "--pidfile=", "connlimit-semaphores"]
     listen = f"tcp:{port}:interface=127.0.0.1"
-    return Process([*command, "--listen", listen, "--config", str(file)], port=port)
+    return Process([*command, "--listen", listen, "--config", str(file), *arguments], port=port)
 
 
 def _original(file: Path) -> Process:

