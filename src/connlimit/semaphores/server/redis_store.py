@@ -24,7 +24,7 @@ from importlib.resources import files
 from typing import Any
 
 import attrs
-from twisted.internet.defer import Deferred, ensureDeferred, succeed
+from twisted.internet.defer import CancelledError, Deferred, ensureDeferred, succeed
 from twisted.internet.interfaces import IDelayedCall
 from twisted.logger import Logger
 from twisted.python.failure import Failure
@@ -48,6 +48,9 @@ _POLL = 1.0
 #: Seconds in which Redis must answer a question, however many of them it takes to get somewhere.
 _PATIENCE = 3.0
 
+#: Seconds between two looks at the time.
+_BEAT = 0.25
+
 #: How many bytes an operation can have that a client asked for.
 MOST_BYTES = 1024
 
@@ -64,6 +67,8 @@ _RECORDS, _PAGE, _PAGES_READ, _PAGES_WRITTEN = 500, 1 << 16, 8, 2
 
 #: How many bytes an answer of Redis can have.
 _LONGEST = 1 << 26
+
+_json = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False).encode
 
 _AWAY = "Redis at {address} cannot be used: {why}"
 
@@ -115,7 +120,12 @@ class RedisStore:
         self._is_writing = False
         self._closed = False
         self._timer = Timer(self, self._clock)
-        self._next_look: IDelayedCall | None = None
+        # One timer for everything that has its time: a timer for each would take more than all the rest.
+        self._beat: IDelayedCall | None = None
+        self._look_at = 0.0
+        # The questions that wait for their answers, and for how many beats: while this process is stopped, so
+        # is their time.
+        self._asking: dict[Deferred[Any], int] = {}
 
     def submit(self, operation: str, *arguments: Any) -> Any:
         """
@@ -125,7 +135,7 @@ class RedisStore:
         token = f"{self._member}:{self._count}"
         text = None
         if operation not in QUESTIONS:
-            text = json.dumps([token, operation, arguments], separators=(",", ":"), ensure_ascii=False)
+            text = _json([token, operation, arguments])
             if self.state.refusal(operation, arguments) is None:
                 self._check_length(operation, text)
                 self._queue.append(text)
@@ -149,9 +159,9 @@ class RedisStore:
         """
         self._closed = True
         self._timer.cancel()
-        if self._next_look is not None:
-            self._next_look.cancel()
-            self._next_look = None
+        if self._beat is not None:
+            self._beat.cancel()
+            self._beat = None
         self._redis.hang_up()
         return succeed(None)
 
@@ -185,9 +195,8 @@ class RedisStore:
         """
         if self._exchanging or self._closed:
             return
-        if self._next_look is not None:
-            self._next_look.cancel()
-            self._next_look = None
+        if self._beat is None:
+            self._beat = self._clock.callLater(_BEAT, self._see_what_is_due)
         self._exchanging = True
         self._heard = None
         operations, self._queue = self._queue[:_AT_ONCE], self._queue[_AT_ONCE:]
@@ -214,6 +223,9 @@ class RedisStore:
                 self._history, last_time, there, writes, *entries = answer
                 for entry in entries:
                     self._carry_out(entry)
+                if entries:
+                    self._mark = entries[-1].partition(",")[0]
+                    self._time_seen = time.monotonic()
                 if self._seen >= int(there):
                     break
             else:
@@ -231,7 +243,26 @@ class RedisStore:
         """
         arguments = ["\t".join(map(str, words)), *arguments]
         asking: Deferred[Any] = ensureDeferred(self._redis.eval(_SCRIPT, self._keys, arguments))
-        return str(await asking.addTimeout(_PATIENCE, self._clock, _too_late)).split("\t")
+        self._asking[asking] = 0
+        try:
+            return str(await asking).split("\t")
+        except CancelledError:
+            raise TimeoutError(f"no answer within {_PATIENCE:g} s") from None
+        finally:
+            del self._asking[asking]
+
+    def _see_what_is_due(self) -> None:
+        """
+        Give up questions that are not answered, and look what others did if nothing was heard for a while.
+        """
+        self._beat = self._clock.callLater(_BEAT, self._see_what_is_due)
+        for asking, beats in list(self._asking.items()):
+            if beats * _BEAT >= _PATIENCE:
+                asking.cancel()
+            elif asking in self._asking:
+                self._asking[asking] = beats + 1
+        if not self._exchanging and time.monotonic() >= self._look_at:
+            self._look()
 
     async def _read(self, history: str, start: int, mark: str) -> None:
         """
@@ -281,8 +312,7 @@ class RedisStore:
         now, _, text = entry.partition(" ")
         token, operation, arguments = json.loads(text)
         self._seen += 1
-        self._mark = entry.partition(",")[0]
-        self._time, self._time_seen = int(now), time.monotonic()
+        self._time = int(now)
         # Whatever happens is the same everywhere, and nothing that comes after it can be left out.
         self._finish(token, operation, arguments)
 
@@ -330,11 +360,7 @@ class RedisStore:
         if self._queue or self._questions or (self._heard is not None and self._is_news(self._heard)):
             self._look()
         else:
-            self._next_look = self._clock.callLater(_POLL, self._look_now)
-
-    def _look_now(self) -> None:
-        self._next_look = None
-        self._look()
+            self._look_at = time.monotonic() + _POLL
 
     def _failed(self, failure: Failure, operations: list[str], questions: list[_Question]) -> None:
         self._exchanging = False
@@ -347,9 +373,8 @@ class RedisStore:
         self._queue, self._questions = [], []
         for token in tokens:
             self._fire(token, Failure(Unavailable(f"The store cannot be used now: {why}")))
-        if not self._closed:
-            # Not all at once, when it is back.
-            self._next_look = self._clock.callLater(random.uniform(0.5, 1) * _POLL, self._look_now)
+        # Not all at once, when it is back.
+        self._look_at = time.monotonic() + random.uniform(0.5, 1) * _POLL
 
 
 def pages(records: Iterator[list[Any]]) -> Iterator[tuple[str, int]]:
@@ -359,14 +384,10 @@ def pages(records: Iterator[list[Any]]) -> Iterator[tuple[str, int]]:
     page: list[str] = []
     size = 0
     for record in records:
-        page.append(json.dumps(record, separators=(",", ":"), ensure_ascii=False))
+        page.append(_json(record))
         size += len(page[-1])
         if len(page) >= _RECORDS or size >= _PAGE:
             yield f"[{','.join(page)}]", len(page)
             page, size = [], 0
     if page:
         yield f"[{','.join(page)}]", len(page)
-
-
-def _too_late(result: object, seconds: float) -> object:
-    raise TimeoutError(f"no answer within {seconds:g} s")
