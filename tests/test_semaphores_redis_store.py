@@ -308,3 +308,23 @@ def test_the_time_of_the_operations_is_not_that_of_a_clock_which_can_be_set(
         while server.ask("GET", f"/peers/{peer}/is_acquired")[0] == 200:
             time.sleep(0.05)
         assert 1.9 < time.monotonic() - began < PATIENCE
+
+
+def test_a_redis_that_does_not_answer_is_given_up_in_time_and_found_again(
+    tmp_path: Path, redis: Redis
+) -> None:
+    with ours(tmp_path, "--store", redis.url) as server, ExitStack() as stack:
+        peer = server.new_peer()
+        redis.process.send_signal(signal.SIGSTOP)
+        stack.callback(redis.process.send_signal, signal.SIGCONT)
+        began = time.monotonic()
+        assert server.ask("PUT", f"/peers/{peer}", {"expires_in": "5min"})[0] == 503
+        assert 2.5 < time.monotonic() - began < 15
+        assert server.ask("GET", "/health") == (200, "Ok")
+        redis.process.send_signal(signal.SIGCONT)
+        began = time.monotonic()
+        while server.ask("PUT", f"/peers/{peer}", {"expires_in": "5min"}) != (200, "Ok"):
+            assert time.monotonic() - began < PATIENCE
+            time.sleep(0.05)
+        assert "Traceback" not in server.program.output
+        assert server.program.terminate() == 0
