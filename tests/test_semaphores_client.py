@@ -27,6 +27,7 @@ from twisted.internet.defer import CancelledError, gatherResults
 from twisted.internet.defer import ensureDeferred as start
 from twisted.internet.task import deferLater
 from twisted.internet.threads import deferToThread
+from twisted.logger import formatEvent, globalLogPublisher
 
 from connlimit.semaphores import SemaphoreError, Semaphores
 
@@ -421,6 +422,22 @@ async def test_an_endless_answer_ends_the_connection(where: str) -> None:
     assert len(sent) < 2000
     fake.close()
     await semaphores.close()
+
+
+@ensureDeferred
+async def test_nothing_is_logged_of_requests_and_connections(server: Server) -> None:
+    events: list[str] = []
+    observer = lambda event: events.append(formatEvent(event) or "")  # noqa: E731
+    globalLogPublisher.addObserver(observer)
+    try:
+        for _ in range(3):
+            semaphores = client(server)
+            async with semaphores.lock("A"):
+                pass
+            await semaphores.close()
+    finally:
+        globalLogPublisher.removeObserver(observer)
+    assert events == []
 
 
 @ensureDeferred

@@ -15,7 +15,7 @@ import attrs
 from twisted.internet.abstract import isIPAddress, isIPv6Address
 from twisted.internet.defer import CancelledError, Deferred, ensureDeferred
 from twisted.internet.endpoints import HostnameEndpoint, TCP4ClientEndpoint, TCP6ClientEndpoint
-from twisted.internet.interfaces import IProtocolFactory, IStreamClientEndpoint
+from twisted.internet.interfaces import IStreamClientEndpoint
 from twisted.internet.protocol import Protocol, connectionDone
 from twisted.logger import Logger
 from twisted.protocols.policies import ProtocolWrapper, WrappingFactory
@@ -242,12 +242,13 @@ class _Bounded:
 
     endpoint: IStreamClientEndpoint
 
-    def connect(self, factory: IProtocolFactory) -> Deferred[Any]:
+    def connect(self, factory: Any) -> Deferred[Any]:
         """
         See `IStreamClientEndpoint.connect`.
         """
         wrapping = WrappingFactory(factory)
-        wrapping.noisy = False
+        # Each would have two lines in the log for each connection.
+        wrapping.noisy = factory.noisy = False
         wrapping.protocol = _Counting
         connected: Deferred[Any] = self.endpoint.connect(wrapping)
         return connected.addCallback(lambda counting: counting.wrappedProtocol)
