@@ -100,7 +100,8 @@ class Turnstile:
         self._callback = callback
 
 
-LIMITER = Limiter(limits=[Turnstile()]) if WAY == "waited" else Limiter(1000)
+# By default nobody would work for a client that has left, as a bare server does.
+LIMITER = Limiter(limits=[Turnstile()], departed_on_half_close=False) if WAY == "waited" else Limiter(1000)
 
 
 class Root(resource.Resource):
