@@ -423,6 +423,8 @@ def test_metrics_are_right_by_their_own_parser_and_by_promtool(server: Server) -
         "connlimit_backlog",
         "connlimit_descriptors",
         "connlimit_reactor_lag_seconds",
+        "connlimit_headers",
+        "connlimit_refusals",
         "connlimit_build_info",
     } <= names
     assert f'connlimit_build_info{{version="{__version__}"}} 1.0' in text
@@ -432,6 +434,41 @@ def test_metrics_are_right_by_their_own_parser_and_by_promtool(server: Server) -
         [require_program("promtool"), "check", "metrics"], input=text, capture_output=True, text=True
     )
     assert (done.returncode, done.stderr, done.stdout) == (0, "", "")
+
+
+def test_headers_that_are_being_read_and_refusals_that_are_being_said_are_counted(tmp_path: Path) -> None:
+    (tmp_path / "connlimit.toml").write_text("""
+        [limiters.main]
+        max_connections = 0
+        max_waiting = 0
+        refusal = "say come back later"
+
+        [services.behind]
+        listen = "haproxy:tcp:0:interface=127.0.0.1"
+        factory = "module:factory"
+
+        [status]
+        listen = "tcp:0"
+    """)
+    (tmp_path / "module.py").write_text(ECHO)
+    with running("connlimit", "--config", "connlimit.toml", cwd=tmp_path) as program, ExitStack() as stack:
+        program.wait_for("Site starting on")
+        program.wait_for("starting on [^S]*starting on ")
+        server = Server(program)
+
+        def told() -> tuple[int, int]:
+            state = json.loads(server.ask("/status.json")[2])
+            return state["headers"], state["refusals"]
+
+        assert told() == (0, 0)
+        for header in (b"PROXY TCP4 192.0.2.1", b"PROXY TCP4 192.0.2.1 127.0.0.1 5 6\r\n"):
+            client = stack.enter_context(socket.create_connection(("127.0.0.1", server.port), PATIENCE))
+            client.sendall(header)
+        began = time.monotonic()
+        while told() != (1, 1):
+            assert time.monotonic() - began < PATIENCE, told()
+        assert "connlimit_headers 1.0" in server.ask("/metrics")[2]
+        assert '<th scope="row">PROXY headers being read</th><td>1</td>' in server.ask()[2]
 
 
 def test_the_terminal_shows_the_same(server: Server) -> None:

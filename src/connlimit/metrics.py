@@ -117,6 +117,16 @@ class LimiterCollector(Collector):
             if value is not None:
                 gauge.add_metric([state], value)
         yield gauge
+        yield GaugeMetricFamily(
+            "connlimit_headers",
+            "Connections whose PROXY header is being read, and which no limiter counts yet.",
+            value=_descriptors.HEADERS.taken,
+        )
+        yield GaugeMetricFamily(
+            "connlimit_refusals",
+            "Connections that are being told of their refusal.",
+            value=_descriptors.REFUSALS.taken,
+        )
         if self._reactor_lag is not None:
             yield GaugeMetricFamily(
                 "connlimit_reactor_lag_seconds",

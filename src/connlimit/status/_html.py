@@ -164,6 +164,8 @@ def process(facts: dict[str, Any]) -> str:
     rows = [
         ("connlimit", facts["version"]),
         ("descriptors", f"{descriptors['open']} of {descriptors['limit']}"),
+        ("PROXY headers being read", facts["headers"]),
+        ("refusals being said", facts["refusals"]),
         ("reactor lag", _seconds(facts["reactor_lag"])),
     ]
     return f'<section aria-label="process">{_table("Process", rows)}</section>'

@@ -164,6 +164,8 @@ class StatusService(StreamServerEndpointService):
         process = {
             "version": __version__,
             "descriptors": {"open": _descriptors.count(), "limit": _descriptors.limit()},
+            "headers": _descriptors.HEADERS.taken,
+            "refusals": _descriptors.REFUSALS.taken,
             "reactor_lag": self.reactor_lag,
         }
         return Picture(limiters, process, getattr(self._limited, "semaphores", None), self._turn)
