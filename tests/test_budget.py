@@ -175,3 +175,50 @@ def test_a_crowd_at_the_status_page_and_one_that_waits_leave_the_last_descriptor
         assert program.terminate() == 0
         assert "EMFILE" not in program.output
         assert "Too many open files" not in program.output
+
+
+HEADER = b"PROXY TCP4 192.0.2.1 127.0.0.1 5 6\r\n"
+
+
+def test_crowds_everywhere_at_once_leave_the_last_descriptors(tmp_path: Path) -> None:
+    behind, plain, page = free_port(), free_port(), free_port()
+    options = [f"--listen=haproxy:tcp:{behind}:interface=127.0.0.1"]
+    options += [f"--listen=tcp:{plain}:interface=127.0.0.1", "--drain-timeout=0"]
+    options += [f"--status=tcp:{page}:interface=127.0.0.1", "--max-connections=50"]
+    (tmp_path / "echoing.py").write_text(ECHO)
+    with (
+        running("connlimit", *options, "--factory=echoing:factory", ulimit="-n 256", cwd=tmp_path) as program,
+        ExitStack() as stack,
+    ):
+        for port in (behind, plain, page):
+            program.wait_for(rf"starting on {port}\b")
+
+        def crowd(port: int, count: int, data: bytes = b"") -> list[socket.socket]:
+            clients = []
+            for _ in range(count):
+                clients.append(stack.enter_context(socket.create_connection(("127.0.0.1", port), PATIENCE)))
+                clients[-1].sendall(data)
+            return clients
+
+        for others in (0, 0, 400):
+            # The program goes on when all are there, so it accepts as many at once as it ever does.
+            program.process.send_signal(signal.SIGSTOP)
+            good = crowd(behind, 10, HEADER)
+            crowd(behind, 150, b"PROXY TCP4 ")
+            crowd(page, 150)
+            good += crowd(behind, 10, HEADER)
+            crowd(behind, 150, b"PROXY TCP4 ")
+            crowd(plain, others)
+            program.process.send_signal(signal.SIGCONT)
+            served = [echoes(client) for client in good]
+            assert others or all(served)
+            for client in good:
+                client.close()
+        stack.close()
+        with socket.create_connection(("127.0.0.1", behind), PATIENCE) as client:
+            client.sendall(HEADER)
+            assert echoes(client)
+        assert program.terminate() == 0
+        assert "EMFILE" not in program.output
+        assert "Too many open files" not in program.output
+        assert "Traceback" not in program.output

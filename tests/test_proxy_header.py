@@ -186,6 +186,41 @@ async def test_many_good_headers_at_once_are_all_read(few: int) -> None:
         assert proxy_header.awaited() == 0
 
 
+def is_closed(client: socket.socket) -> bool:
+    """
+    Whether the server has closed the connection, in order or by a reset.
+    """
+    client.setblocking(False)
+    try:
+        return client.recv(1) == b""
+    except BlockingIOError:
+        return False
+    except ConnectionResetError:
+        return True
+
+
+@pytest.mark.parametrize("places", [0, 1])
+@ensureDeferred
+async def test_inside_tls_those_without_a_place_are_closed_without_an_error(
+    places: int, certificate: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_descriptors.Share, "has_room", lambda self: self.taken < places)
+    monkeypatch.setattr(_descriptors, "left_for_waiting", lambda: False)
+    key = str(certificate).replace(":", r"\:")
+    tls = serverFromString(reactor, f"ssl:0:interface=127.0.0.1:privateKey={key}")
+    endpoint = LimitingEndpoint(ProxyHeaderEndpoint(proxyEndpoint(tls), reactor), Limiter())
+    port = await endpoint.listen(RecordingFactory())
+    with Log() as log, ExitStack() as stack:
+        address = ("127.0.0.1", port.getHost().port)
+        clients = [stack.enter_context(socket.create_connection(address, PATIENCE)) for _ in range(4)]
+        for client in clients[: 4 - places]:
+            await until(lambda client=client: is_closed(client))
+        assert proxy_header.awaited() == places
+        assert not log.failures()
+    await port.stopListening()
+    await until(lambda: not proxy_header.awaited())
+
+
 def test_half_sent_headers_take_no_descriptors_from_good_clients(tmp_path: Path) -> None:
     (tmp_path / "echo_server.py").write_text(ECHO)
     with (

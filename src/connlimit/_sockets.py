@@ -16,7 +16,9 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-from twisted.internet.interfaces import IHalfCloseableDescriptor, ISSLTransport
+from twisted.internet.error import ConnectionAborted, ConnectionDone
+from twisted.internet.interfaces import IHalfCloseableDescriptor, IReadDescriptor, ISSLTransport
+from twisted.python.failure import Failure
 
 _DONT_WAIT = getattr(socket, "MSG_DONTWAIT", 0)  # sockets of the reactor do not block anyway
 
@@ -34,6 +36,23 @@ def abort(transport: Any) -> None:
     """
     end = getattr(transport, "abortConnection", None) or transport.loseConnection
     end()
+
+
+def end_at_once(transport: Any, reason: type[ConnectionAborted | ConnectionDone] = ConnectionAborted) -> bool:
+    """
+    End a connection so that its descriptor is free when this returns; one that is closed or aborted has it
+    until the reactor's next turn at least. What is not written yet is lost.
+
+    Its protocol hears of the end within this call, so none of its methods may run now but `connectionMade`.
+
+    :return: whether its transport can do that; if not, nothing has happened.
+    """
+    end = lowest(transport)
+    if not IReadDescriptor.providedBy(end) or socket_of(end) is None:
+        return False
+    abort(transport)  # what is in between, such as TLS, must know
+    end.connectionLost(Failure(reason()))
+    return True
 
 
 def lowest(transport: Any) -> Any:

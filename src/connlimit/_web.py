@@ -10,14 +10,15 @@ from functools import partial
 from ipaddress import ip_address
 from typing import Any
 
-from twisted.internet.interfaces import IReactorTime
+from twisted.internet.error import ConnectionDone
+from twisted.internet.interfaces import IReactorTime, ISSLTransport
 from twisted.internet.protocol import connectionDone
 from twisted.python.failure import Failure
 from twisted.web.http import HTTPChannel
 from twisted.web.resource import IResource
 from twisted.web.server import Request, Site
 
-from connlimit import _descriptors
+from connlimit import _descriptors, _sockets
 from connlimit._peers import peer_key
 
 #: Seconds within which a client must have sent its request, or its next one, from the first byte to the last.
@@ -232,9 +233,16 @@ class _Channel(HTTPChannel):
 
     def give_way(self) -> None:
         """
-        Close, and soon.
+        Close, and soon: at once, if there is nothing to be said.
         """
         self._leave()
+        says_more = (
+            self._handlingRequest
+            or _sockets.buffered(self.transport)
+            or ISSLTransport.providedBy(self.transport)
+        )
+        if not says_more and _sockets.end_at_once(self.transport, ConnectionDone):
+            return
         self.loseConnection()
         self.setTimeout(_LAST_WORDS)
 

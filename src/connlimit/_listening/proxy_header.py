@@ -179,9 +179,11 @@ class _AwaitHeader(Protocol):
         self._close("{peer} is closed: its PROXY header did not come")
 
     def _close(self, why: str) -> None:
+        # At once: a port accepts many in one turn of the reactor.
         self._over()
         self._log(why)
-        self.transport.abortConnection()
+        if not _sockets.end_at_once(self.transport):
+            self.transport.abortConnection()
 
     def _log(self, what: str) -> None:
         self.factory.log.info(what, peer=self.transport.getPeer())
