@@ -126,8 +126,7 @@ class SemaphoreSite(HttpFactory):
         if isinstance(answer, Answer):
             self._succeeded(answer, reply)
             return None
-        answer.addCallback(self._succeeded, reply)
-        answer.addErrback(self._failed, request, reply)
+        answer.addCallbacks(self._succeeded, self._failed, (reply,), errbackArgs=(request, reply))
         return answer.cancel
 
     def _succeeded(self, answer: Answer, reply: _Reply) -> None:
