@@ -6,24 +6,30 @@ from __future__ import annotations
 
 import http.client
 import json
+import re
 import signal
 import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 
 import pytest
+from pytest_twisted import ensureDeferred
 from support import read_all, running
 from test_redis_limit import PATIENCE, Redis
 from test_semaphores_http import Server, in_thread, ours, wait_until_pending
+from twisted.internet import reactor
+from twisted.internet.defer import Deferred, DeferredList
 
+from connlimit.semaphores.server.records import Rejected
 from connlimit.semaphores.server.state import State
+from connlimit.semaphores.server.store import Unavailable
 
 pytest.importorskip("txredisapi")
 
-from connlimit.semaphores.server.redis_store import pages
+from connlimit.semaphores.server.redis_store import MOST_BYTES, RedisStore, pages
 
 
 @pytest.fixture
@@ -328,3 +334,116 @@ def test_a_redis_that_does_not_answer_is_given_up_in_time_and_found_again(
             time.sleep(0.05)
         assert "Traceback" not in server.program.output
         assert server.program.terminate() == 0
+
+
+@ensureDeferred
+async def test_operations_that_arrive_together_share_a_question_and_each_has_its_own_answer(
+    redis: Redis,
+) -> None:
+    with stores(redis, 1) as (store,):
+        await store.submit("configure", {"A": (2, 0)}, None)
+        before = questions(redis)
+        asked = [store.submit("new_peer", peer, 300.0) for peer in range(4)]
+        await DeferredList(asked)
+        assert questions(redis) == before + 1
+        asked = [store.submit("acquire", peer, "A", 1, None) for peer in (3, 1, 2, 0)]
+        asked.append(store.submit("acquire", 2, "A", 2, None))
+        with pytest.raises(Rejected, match=f"{MOST_BYTES} bytes"):
+            store.submit("restore", 9, 300.0, {"A": 10**MOST_BYTES})
+        asked.append(store.submit("remainder", "A"))
+        asked.append(store.submit("acquire", 2, "B", 1, None))
+        asked.append(store.submit("release", 3, "A"))
+        results = [result for _, result in await DeferredList(asked, consumeErrors=True)]
+        assert results[:4] == [True, True, False, False]
+        assert [results[4].value.status, results[6].value.status] == [409, 400]
+        assert results[7] is None
+        # Who asked first has what was released.
+        assert [await store.submit("is_acquired", peer) for peer in (1, 2, 0)] == [True, True, False]
+
+
+@ensureDeferred
+async def test_servers_that_add_operations_at_once_have_the_same_state(redis: Redis) -> None:
+    with stores(redis, 2) as both:
+        await both[0].submit("configure", {"A": (50, 0)}, None)
+        history = redis.ask(b"HGET", b"connlimit:{semaphores}:about", b"history")
+        for turn in range(30):
+            asked: list[Deferred[object]] = []
+            # Sometimes one of them is alone, and sometimes neither knows what the other does.
+            for at, store in enumerate(both if turn % 3 else both[turn % 2 :][:1]):
+                for number in range(turn % 7 + 1):
+                    peer = turn * 100 + number * 2 + at
+                    asked.append(store.submit("new_peer", peer, 300.0))
+                    if number:
+                        asked.append(store.submit("restore", peer, 300.0 + turn, {"A": 1}))
+            await DeferredList(asked, consumeErrors=True)
+            for store in both[turn % 2 :]:
+                for peer in list(store.state.peers)[-3:]:
+                    asked.append(store.submit("acquire", peer, "A", 1, None))
+            await DeferredList(asked, consumeErrors=True)
+        with stores(redis, 1) as (new,):
+            known = []
+            for store in (*both, new):
+                await store.submit("nothing")
+                known.append(list(store.state.records()))
+        assert len(known[0]) > 150
+        assert known[0] == known[1] == known[2]
+        assert redis.ask(b"HGET", b"connlimit:{semaphores}:about", b"history") == history
+
+
+@ensureDeferred
+async def test_no_operation_is_answered_before_it_is_in_the_store_however_many_there_are(
+    redis: Redis,
+) -> None:
+    with stores(redis, 1) as (store,):
+        await store.submit("configure", {"A": (5000, 0)}, 10_000)
+        before = questions(redis)
+        answered = 0
+
+        def check(is_new: object) -> None:
+            nonlocal answered
+            assert is_new is True
+            answered += 1
+            if answered % 100 == 0:
+                # One more was there before these.
+                assert int(redis.ask(b"LLEN", b"connlimit:{semaphores}:log")[1:]) > answered
+
+        asked = [store.submit("new_peer", peer, 300.0).addCallback(check) for peer in range(1900)]
+        for succeeded, result in await DeferredList(asked):
+            assert succeeded, result
+        assert answered == 1900
+        assert questions(redis) == before + 2
+
+
+@ensureDeferred
+async def test_operations_that_were_to_be_added_together_fail_together_when_redis_is_gone(
+    redis: Redis,
+) -> None:
+    with stores(redis, 1) as (store,):
+        await store.submit("configure", {"A": (5, 0)}, None)
+        redis.stop()
+        asked = [store.submit("new_peer", peer, 300.0) for peer in range(5)]
+        for succeeded, result in await DeferredList(asked, consumeErrors=True):
+            assert not succeeded
+            assert isinstance(result.value, Unavailable)
+        assert not store.state.peers
+
+
+@contextmanager
+def stores(redis: Redis, count: int) -> Iterator[list[RedisStore]]:
+    """
+    So many stores as servers have them.
+    """
+    made = [RedisStore(State(), redis.url, reactor) for _ in range(count)]
+    try:
+        yield made
+    finally:
+        for each in made:
+            each.close()
+
+
+def questions(redis: Redis) -> int:
+    """
+    How many times the script was run.
+    """
+    found = re.findall(r"cmdstat_eval(?:sha)?:calls=([0-9]+)", redis.info_all("commandstats"))
+    return sum(map(int, found))

@@ -60,7 +60,8 @@ local function publish(what)
   if type(subscribers[2]) ~= 'number' or subscribers[2] > 1 then redis.call('PUBLISH', log, what) end
 end
 
--- Adds operations, and returns those that the caller does not know, or the first of them.
+-- Adds operations, and returns those that the caller does not know, or the first of them; but nothing if these
+-- are those that it adds.
 --
 --   4  the mark of the last operation that it knows
 --   5  the name of the caller
@@ -68,7 +69,7 @@ end
 --   7  how many operations are returned at most
 --   8  how many operations, and
 --   9  how many bytes the log has at least before the state is written down
--- and in ARGV, from the second on: operations
+-- and in ARGV, the second if there is one: operations with tabs between them
 --
 -- Returns a word first:
 --   lost    what the caller knows is not known here; nothing was added
@@ -89,16 +90,19 @@ function commands.add()
     time = math.max(time, tonumber(words[6]))
     redis.call('HSET', about, 'time', string.format('%.0f', time))
   end
-  for at = 2, #ARGV do
-    local entry = string.format('%.0f ', time) .. ARGV[at]
-    bytes = bytes + #entry
-    redis.call('RPUSH', log, entry)
+  local others_are_known = seen == last()
+  if ARGV[2] then
+    local entries, head = {}, string.format('%.0f ', time)
+    for operation in string.gmatch(ARGV[2], '[^\t]+') do
+      local entry = head .. operation
+      bytes = bytes + #entry
+      table.insert(entries, entry)
+    end
+    redis.call('RPUSH', log, unpack(entries))
+    redis.call('HSET', about, 'bytes', string.format('%.0f', bytes))
+    publish(history .. ' ' .. last())
   end
   local there = last()
-  if #ARGV > 1 then
-    redis.call('HSET', about, 'bytes', string.format('%.0f', bytes))
-    publish(history .. ' ' .. there)
-  end
   local writes = '0'
   if there - start > math.max(tonumber(words[8]), count) or bytes > math.max(tonumber(words[9]), size) then
     if not writer or until_ < time then
@@ -106,7 +110,10 @@ function commands.add()
       redis.call('HSET', about, 'writer', words[5], 'until', string.format('%.0f', time + PAUSE * 1000))
     end
   end
-  local answer = redis.call('LRANGE', log, seen - start, seen - start + tonumber(words[7]) - 1)
+  local answer = {}
+  if not others_are_known then
+    answer = redis.call('LRANGE', log, seen - start, seen - start + tonumber(words[7]) - 1)
+  end
   for at, head in ipairs({'ok', history, string.format('%.0f', time), tostring(there), writes}) do
     table.insert(answer, at, head)
   end
