@@ -60,6 +60,11 @@ class State:
         self._operations: dict[str, Callable[..., Any]] = {
             name.removeprefix("do_"): getattr(self, name) for name in dir(self) if name.startswith("do_")
         }
+        self._checks: dict[str, Callable[..., None]] = {
+            name.removeprefix("_refuse_"): getattr(self, name)
+            for name in dir(self)
+            if name.startswith("_refuse_")
+        }
 
     def apply(self, now: float, operation: str, arguments: Iterable[Any]) -> Any:
         """
@@ -78,7 +83,7 @@ class State:
         """
         Why an operation would be rejected and change nothing, as far as that can be told without doing it.
         """
-        check = getattr(self, f"_refuse_{operation}", None)
+        check = self._checks.get(operation)
         try:
             if check is not None:
                 check(*arguments)
