@@ -458,6 +458,21 @@ def test_a_malformed_request_is_told_what_is_wrong(
     assert server.ask("GET", "/health") == (200, "Ok")
 
 
+def test_a_target_is_answered_again_as_it_was_at_first(server: Server) -> None:
+    peer, other = server.new_peer(), server.new_peer()
+    for _ in range(3):
+        assert server.acquire(peer, "A") == 200
+        assert server.ask("GET", f"/peers/{peer}/A")[0] == 405
+        assert server.ask("DELETE", f"/peers/{peer}/A") == (200, "Ok")
+        assert server.ask("GET", f"/peers/{other}/is_acquired") == (200, "true")
+        assert server.ask("GET", "/peers/x/is_acquired")[0] == 400
+        assert server.ask("GET", "/peers/1/%FF")[0] == 400
+        assert server.ask("GET", "/nowhere")[0] == 404
+        assert server.ask("GET", f"/nowhere?{'x' * 500}")[0] == 404
+    server.ask("DELETE", f"/peers/{peer}")
+    assert server.ask("GET", f"/peers/{peer}/is_acquired") == (400, "Unknown peer")
+
+
 def test_a_body_of_a_gigabyte_is_refused_and_not_kept(tmp_path: Path) -> None:
     with ours(tmp_path) as server:
         before = server.program.resident_memory()

@@ -8,6 +8,7 @@ import json
 import random
 import time
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 from typing import Any
 
 from twisted.internet.defer import CancelledError, Deferred
@@ -41,6 +42,9 @@ _SLICE = 500
 #: The longest answer that is made for each client alone, in bytes; for how many seconds a longer one is kept.
 _LARGE, _KEPT = 64 * 1024, 1.0
 
+#: How many routes are remembered, and how long their targets can be: peers ask again and again for the same.
+_ROUTES, _SHORT = 2048, 200
+
 _METRICS = f"{TEXT}; version=0.0.4"
 
 _OK = Answer(200, b"Ok")
@@ -53,6 +57,8 @@ _Reply = Callable[[Answer], None]
 _Answering = Answer | Deferred[Answer]
 _Handler = Callable[..., _Answering]
 _Methods = dict[bytes, _Handler]
+# What can be done there, or None if there is nothing; the query; and what the path tells.
+_Route = tuple[_Methods | None, Query, tuple[Any, ...]]
 
 
 class SemaphoreSite(HttpFactory):
@@ -90,6 +96,7 @@ class SemaphoreSite(HttpFactory):
         self._one_peer: _Methods = {b"PUT": self._heartbeat, b"DELETE": self._remove}
         self._one_lock: _Methods = {b"PUT": self._acquire, b"DELETE": self._release}
         self._is_lock_acquired: _Methods = {**self._one_lock, b"GET": self._is_acquired}
+        self._remembered_route = lru_cache(_ROUTES)(self._route)
 
     def set_ready(self, is_ready: bool) -> None:
         """
@@ -156,8 +163,9 @@ class SemaphoreSite(HttpFactory):
             self._ends.callback(None)
 
     def _handle(self, request: Request) -> _Answering:
-        parts, query = parts_of(request.target)
-        methods, arguments = self._route(parts)
+        target = request.target
+        route = self._remembered_route if len(target) <= _SHORT else self._route
+        methods, query, arguments = route(target)
         if methods is None:
             return _NOT_FOUND
         handler = methods.get(b"GET" if request.method == b"HEAD" else request.method)
@@ -169,21 +177,23 @@ class SemaphoreSite(HttpFactory):
             raise Refused(405, f"only {' and '.join(allowed)} can be done here", headers)
         return handler(request, query, *arguments)
 
-    def _route(self, parts: list[bytes]) -> tuple[_Methods | None, tuple[Any, ...]]:
+    def _route(self, target: bytes) -> _Route:
         """
-        What can be done at a path, and what the path tells; None if there is nothing.
+        Where a target leads.
         """
+        parts, query = parts_of(target)
         length = len(parts)
         if length == 1:
-            return self._pages.get(parts[0]), ()
+            return self._pages.get(parts[0]), query, ()
         if parts[0] != b"peers":
-            return None, ()
+            return None, query, ()
         if length == 2:
-            return (self._one_peer, (peer_number(parts[1]),)) if parts[1] else (self._all_peers, ())
+            methods, peer = (self._one_peer, (peer_number(parts[1]),)) if parts[1] else (self._all_peers, ())
+            return methods, query, peer
         if length == 3 and parts[2]:
             methods = self._is_lock_acquired if parts[2] == b"is_acquired" else self._one_lock
-            return methods, (peer_number(parts[1]), parts[2].decode())
-        return None, ()
+            return methods, query, (peer_number(parts[1]), parts[2].decode())
+        return None, query, ()
 
     def _submit(self, then: Callable[[Any], _Answering], operation: str, *arguments: object) -> _Answering:
         """
