@@ -23,7 +23,6 @@ from twisted.internet.defer import CancelledError, Deferred
 from twisted.internet.error import ConnectionDone
 from twisted.internet.interfaces import (
     IAddress,
-    IDelayedCall,
     IHalfCloseableProtocol,
     IPushProducer,
     IStreamClientEndpoint,
@@ -38,6 +37,7 @@ from connlimit._relay_options import RelayOptions
 from connlimit._send_proxy import proxy_header
 from connlimit._splice import can_splice, splice
 from connlimit._system.bounded_log import BoundedLog
+from connlimit._system.deadlines import Deadlines, Sweep
 from connlimit.interfaces import ISlotKeeper
 
 #: Seconds that a client may take nothing of the rest of its answer, when the server's connection is over; and
@@ -82,6 +82,8 @@ class RelayFactory(Factory):
         self._has_stopped = False
         self.log = BoundedLog(Logger(), clock)
         self._clock = clock
+        self._relayed = 0
+        self._sweep: Sweep | None = None
 
     @property
     def clock(self) -> Any:
@@ -93,6 +95,28 @@ class RelayFactory(Factory):
 
             self._clock = reactor
         return self._clock
+
+    def deadlines(self, seconds: float, call: Callable[[Any], object]) -> Deadlines[Any]:
+        """
+        Those of all its connections for which the same is called after the same time.
+        """
+        if self._sweep is None:
+            self._sweep = Sweep(self.clock)
+        return self._sweep.deadlines(seconds, call)
+
+    def begin(self) -> None:
+        """
+        A connection is relayed.
+        """
+        self._relayed += 1
+
+    def end(self) -> None:
+        """
+        A relayed connection is over on both sides.
+        """
+        self._relayed -= 1
+        if self._relayed == 0 and self._sweep is not None:
+            self._sweep.rest()
 
     def startFactory(self) -> None:
         """
@@ -387,7 +411,7 @@ class Pair:
         """
         The connection on one side is over: end the other as it ended, when everything is written to it.
         """
-        is_orderly = reason.check(ConnectionDone) is not None
+        is_orderly = isinstance(reason.value, ConnectionDone)
         if end is self.backend:
             self.backend, other = None, self.client
             self.release_slot()
@@ -400,6 +424,7 @@ class Pair:
                 self.release_slot()
         self._stop_limits()
         if other is None:
+            self.relay.end()
             return
         # TLS may have something of its own to say and to hear.
         has_unsent = bool(other.unsent()) or not _sockets.can_half_close(other.transport)
@@ -457,7 +482,7 @@ class Pair:
             self._downstream = self._limit(_DELIVERY_TIMEOUT, self._bytes_downstream, self.abort)
 
     def _limit(self, seconds: float, moved: Callable[[], object], call: Callable[[], None]) -> _Stall:
-        return _Stall(self.relay.clock, seconds, moved, call, self._watch)
+        return _Stall(self.relay, seconds, moved, call, self._watch)
 
     def _watch(self) -> None:
         """
@@ -519,7 +544,7 @@ class _Stall:
 
     def __init__(
         self,
-        clock: Any,
+        relay: RelayFactory,
         seconds: float,
         moved: Callable[[], object],
         call: Callable[[], None],
@@ -529,30 +554,31 @@ class _Stall:
         :param moved: differs from the last time if bytes have moved.
         :param first_look: is called at the first look.
         """
-        self._clock = clock
+        self._relay = relay
         self._interval = seconds / self._LOOKS
         self._moved = moved
         self._call = call
         self._first_look = first_look
         self._left = 0
         self._last: object = None
-        self._timer: IDelayedCall = clock.callLater(min(self._interval, 1.0), self._look_first)
+        self._deadlines = relay.deadlines(min(self._interval, 1.0), _Stall._look_first)
+        self._deadlines.add(self)
 
     def stop(self) -> None:
         """
         Do not call any more.
         """
-        if self._timer.active():
-            self._timer.cancel()
+        self._deadlines.discard(self)
 
     def _look_first(self) -> None:
-        self._timer = self._clock.callLater(self._interval, self._look)
+        self._deadlines = self._relay.deadlines(self._interval, _Stall._look)
+        self._deadlines.add(self)
         self._last = self._moved()
         self._left = self._LOOKS - (self._interval <= 1.0)
         self._first_look()
 
     def _look(self) -> None:
-        self._timer = self._clock.callLater(self._interval, self._look)
+        self._deadlines.add(self)
         now = self._moved()
         if now != self._last:
             self._last = now
@@ -598,14 +624,17 @@ class ClientEnd(End):
         self._relay = relay
         self.pair = Pair(relay, self)
         self._connecting: Deferred[Any] | None = None
-        self._timer: IDelayedCall | None = None
+        # Among which it is as long as its time to connect is not over.
+        self._deadlines: Deadlines[ClientEnd] | None = None
         # What was received all the same: TLS has decrypted it already.
         self._early: list[bytes] = []
 
     def connectionMade(self) -> None:
         relay = self._relay
         self.transport.pauseProducing()
-        self._timer = relay.clock.callLater(_SOON, self._takes_long)
+        relay.begin()
+        self._deadlines = relay.deadlines(_SOON, ClientEnd._takes_long)
+        self._deadlines.add(self)
         self._connecting = relay.backend.connect(_backend_factory)
         self._connecting.addCallbacks(self._connected, self._not_connected)
 
@@ -631,7 +660,7 @@ class ClientEnd(End):
         self.resumeProducing()
 
     def _not_connected(self, failure: Failure) -> None:
-        is_ours = failure.check(CancelledError) is not None and self._timer is None
+        is_ours = failure.check(CancelledError) is not None and self._deadlines is None
         self._stop_connecting()
         self.pair.release_slot()
         if not self.connected:
@@ -650,21 +679,22 @@ class ClientEnd(End):
         """
         self.watch()
         left = max(0.0, self._relay.options.connect_timeout - _SOON)
-        self._timer = self._relay.clock.callLater(left, self._give_up)
+        self._deadlines = self._relay.deadlines(left, ClientEnd._give_up)
+        self._deadlines.add(self)
 
     def _give_up(self) -> None:
         """
         It takes too long to connect.
         """
-        self._timer = None
+        self._deadlines = None
         if self._connecting is not None:
             self._connecting.cancel()
 
     def _stop_connecting(self) -> None:
         self._connecting = None
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
+        if self._deadlines is not None:
+            self._deadlines.discard(self)
+            self._deadlines = None
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:
         if self._connecting is not None:
