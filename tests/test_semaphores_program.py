@@ -256,7 +256,9 @@ def test_many_peers_share_semaphores_through_a_restart_and_nobody_is_forgotten(t
                 with lock:
                     counts["expired"] += 1
             else:
-                assert ask("DELETE", path) == (200, "Ok")
+                answer = ask("DELETE", path)
+                # It may be killed between the heartbeat and this, and know of nobody then.
+                assert answer == (200, "Ok") or (halfway.is_set() and answer == (400, "Unknown peer"))
 
         try:
             for turn in range(2):

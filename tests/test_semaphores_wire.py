@@ -63,5 +63,6 @@ def test_each_answer_is_the_same_to_the_byte(tmp_path: Path) -> None:
             for index, peer in enumerate(peers):
                 answer = answer.replace(peer, f"{{{index}}}")
             answer = re.sub(r"Date: \w{3}, \d\d \w{3} \d{4} \d\d:\d\d:\d\d GMT\r", "Date: DATE\r", answer)
-            answer = re.sub(r"Content-Length: (19|20)\r", "Content-Length: PEER\r", answer)
+            if re.search(r"\r\n\r\n\{\d+\}\Z", answer):
+                answer = re.sub(r"Content-Length: \d+\r", "Content-Length: PEER\r", answer)
             assert (answer, closes) == (step["answer"], step["closes"]), step["sent"]

@@ -156,6 +156,7 @@ class EveryOrder(RuleBasedStateMachine):
             limits=[] if by_port is None else [PerKey(by_port, colour)],
             clock=self.clock,
             observers=[self.endings],
+            log=False,  # which sums up once a minute
         )
         self.by_port = by_port
         self.server = UnrulyFactory()
