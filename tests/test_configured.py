@@ -440,6 +440,7 @@ def test_under_load_nothing_is_cut_and_everything_tells_the_same(configured: Run
         configured.reload()
         scraped.append(sample(configured.get("metrics"), "connlimit_max_connections", limiter="main"))
         assert "refused" in configured.get("")
+    configured.program.wait_for(r"main: full: max_connections is \d: \d served")
     ended.set()
     for each in load:
         each.join(PATIENCE)
@@ -461,7 +462,6 @@ def test_under_load_nothing_is_cut_and_everything_tells_the_same(configured: Run
             assert read_all(last) == b""
     assert configured.program.process.wait(PATIENCE) == 0
     configured.program.wait_for(f"main: drained: {answered + 1} connections were served and 0 refused in all")
-    configured.program.wait_for(r"main: full: max_connections is \d: \d served")
     configured.program.wait_for(r"main: room again after [\d.]+ s: \d+ waited")
 
 

@@ -46,7 +46,7 @@ ELSEWHERE = {
     "$ twist --log-format=json": "test_log",
     "pip install '.[bench]'": "takes minutes; continuous integration runs the quick form",
     "$ python3 -m venv .venv && .venv/bin/pip install -e": "it makes a developer's environment",
-    "$ python -m pytest": "this is it",
+    "$ python -m pytest -n 2": "this is it",
     "$ ruff check": "continuous integration",
     "$ python -m bench": "continuous integration runs the quick form",
     "$ towncrier": "needs the tools of a release",

@@ -28,7 +28,7 @@ def test_two_commands_do_everything() -> None:
     commands = [line.strip() for line in README.splitlines() if line.strip().startswith("$ ")]
     assert len(commands) == 2
     assert commands[0].endswith("twistd -n connlimit")
-    assert commands[1].endswith("pytest")
+    assert commands[1].endswith("pytest -n 2")
 
 
 def test_every_setting_is_in_its_table() -> None:
