@@ -111,16 +111,21 @@ def serve(way: str, certificate: str) -> None:
     factory = Factory.forProtocol(Echo)
     accepted = 0
 
-    def count(factory: Factory) -> Factory:
-        build = factory.buildProtocol
+    class Counted:
+        """
+        Counts whom a factory is asked about.
+        """
 
-        def counting(address: object) -> object:
+        def __init__(self, factory: object) -> None:
+            self._factory = factory
+
+        def __getattr__(self, name: str) -> object:
+            return getattr(self._factory, name)
+
+        def buildProtocol(self, address: object) -> object:
             nonlocal accepted
             accepted += 1
-            return build(address)
-
-        factory.buildProtocol = counting
-        return factory
+            return self._factory.buildProtocol(address)
 
     context = DefaultOpenSSLContextFactory(certificate, certificate)
     where = "tcp:0:interface=127.0.0.1:backlog=4096"
@@ -145,7 +150,7 @@ def serve(way: str, certificate: str) -> None:
             else:
                 reactor.callLater(0.1, self.sendLine, b"here")
 
-    serverFromString(reactor, where).listen(count(factory)).addCallback(
+    serverFromString(reactor, where).listen(Counted(factory)).addCallback(
         lambda port: print(port.getHost().port, flush=True)
     )
     stdio.StandardIO(Orders())
