@@ -266,14 +266,22 @@ def serve(way: str, work: str, requests: str) -> None:
             self.endpoint = endpoint
 
         def listen(self, factory: Any) -> Any:
-            build = factory.buildProtocol
+            return self.endpoint.listen(Noting(factory))
 
-            def noting(address: object) -> object:
-                told["accepted"].append(time.perf_counter())
-                return build(address)
+    class Noting:
+        """
+        Notes when a factory is asked.
+        """
 
-            factory.buildProtocol = noting
-            return self.endpoint.listen(factory)
+        def __init__(self, factory: Any) -> None:
+            self._factory = factory
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self._factory, name)
+
+        def buildProtocol(self, address: object) -> object:
+            told["accepted"].append(time.perf_counter())
+            return self._factory.buildProtocol(address)
 
     class Orders(LineReceiver):
         delimiter = b"\n"
