@@ -123,6 +123,8 @@ def _programs(rounds: int) -> Result:
             where,
             "--forward",
             f"tcp:127.0.0.1:{backend}",
+            "--max-connections",
+            "100",
         ],
         "twistd portforward": ["portforward", "--port", where, "--host", "127.0.0.1", "-d", str(backend)],
     }
