@@ -360,19 +360,26 @@ def plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+def greeter(way: str, plugin: Path, port: int, drain_timeout: int) -> list[str]:
+    """
+    The arguments that run the plugin behind a limit of one: all on the command line, or in a file.
+    """
+    listen = f"tcp:{port}:interface=127.0.0.1"
+    if way == "options":
+        limits = ["--max-connections=1", "--refusal=say please come back"]
+        return [*limits, f"--drain-timeout={drain_timeout}", "greeter", "--listen", listen]
+    (plugin / "connlimit.toml").write_text(
+        f"drain_timeout = {drain_timeout}\n"
+        '[limiters.main]\nmax_connections = 1\nrefusal = "say please come back"\n'
+        f'[services.greeter]\nplugin = ["greeter", "--listen", "{listen}"]\nlimiter = "main"\n'
+    )
+    return ["--config", "connlimit.toml"]
+
+
 @pytest.mark.parametrize("way", ["options", "file"])
 def test_those_who_are_served_by_a_plugin_keep_its_services_while_they_finish(way: str, plugin: Path) -> None:
     port = free_port()
-    listen = f"tcp:{port}:interface=127.0.0.1"
-    if way == "options":
-        options = ["--max-connections=1", "--drain-timeout=20", "--refusal=say please come back"]
-        command = [*options, "greeter", "--listen", listen]
-    else:
-        (plugin / "connlimit.toml").write_text(
-            'drain_timeout = 20\n[limiters.main]\nmax_connections = 1\nrefusal = "say please come back"\n'
-            f'[services.greeter]\nplugin = ["greeter", "--listen", "{listen}"]\nlimiter = "main"\n'
-        )
-        command = ["--config", "connlimit.toml"]
+    command = greeter(way, plugin, port, drain_timeout=20)
     with running("connlimit", *command, cwd=plugin) as program:
         program.wait_for("1 served at once")
         with socket.create_connection(("127.0.0.1", port), PATIENCE) as served:
@@ -390,16 +397,7 @@ def test_those_who_are_served_by_a_plugin_keep_its_services_while_they_finish(wa
 @pytest.mark.parametrize("way", ["options", "file"])
 def test_a_plugin_that_is_not_drained_serves_nobody_who_waits_either(way: str, plugin: Path) -> None:
     port = free_port()
-    listen = f"tcp:{port}:interface=127.0.0.1"
-    if way == "options":
-        options = ["--max-connections=1", "--refusal=say please come back"]
-        command = [*options, "greeter", "--listen", listen]
-    else:
-        (plugin / "connlimit.toml").write_text(
-            '[limiters.main]\nmax_connections = 1\nrefusal = "say please come back"\n'
-            f'[services.greeter]\nplugin = ["greeter", "--listen", "{listen}"]\nlimiter = "main"\n'
-        )
-        command = ["--config", "connlimit.toml"]
+    command = greeter(way, plugin, port, drain_timeout=0)
     with running("connlimit", *command, cwd=plugin) as program:
         program.wait_for("1 served at once")
         with socket.create_connection(("127.0.0.1", port), PATIENCE) as served:
