@@ -7,13 +7,15 @@ password is refused, do not look at certificates, and keep whatever comes, howev
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import hashlib
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import txredisapi  # type: ignore[import-untyped]
 from twisted.internet.defer import Deferred, DeferredLock
 from twisted.internet.interfaces import IStreamClientEndpoint
 from twisted.internet.protocol import Factory
+from twisted.internet.tcp import Connection
 from twisted.python.failure import Failure
 
 from connlimit._system.clock import clock_of
@@ -75,10 +77,62 @@ class _Careful:
         super().connectionLost(reason)  # type: ignore[misc]
 
 
+class Script:
+    """
+    A script of Redis's, with its keys: what is the same each time that it is run.
+    """
+
+    def __init__(self, text: str, keys: Sequence[str]) -> None:
+        text_bytes = text.encode()
+        same = [b"%d" % len(keys), *(key.encode() for key in keys)]
+        digest = hashlib.sha1(text_bytes).hexdigest().encode()
+        self._words = 2 + len(same)
+        self._in_short = _words([b"EVALSHA", digest, *same])
+        self._in_full = _words([b"EVAL", text_bytes, *same])
+
+    def command(self, arguments: Sequence[str], *, in_full: bool = False) -> bytes:
+        """
+        What Redis is sent to run it.
+
+        :param in_full: whether it is sent itself, and not only its name, by which Redis knows it afterwards.
+        """
+        start = self._in_full if in_full else self._in_short
+        return b"*%d\r\n%b%b" % (self._words + len(arguments), start, _words(map(str.encode, arguments)))
+
+
+def _words(words: Iterable[bytes]) -> bytes:
+    return b"".join([b"$%d\r\n%b\r\n" % (len(word), word) for word in words])
+
+
 class Asking(_Careful, txredisapi.RedisProtocol):
     """
     A connection for questions.
     """
+
+    def run(self, script: Script, arguments: Sequence[str]) -> Deferred[Any]:
+        """
+        What a script returns.
+        """
+        answer = self._ask(script.command(arguments))
+        return answer.addCallback(self._look_whether_known, script, arguments)
+
+    def _look_whether_known(self, answer: Any, script: Script, arguments: Sequence[str]) -> Any:
+        if not isinstance(answer, Exception):
+            return answer
+        if isinstance(answer, txredisapi.ResponseError) and str(answer).startswith("NOSCRIPT"):
+            return self._ask(script.command(arguments, in_full=True)).addCallback(self.handle_reply)
+        raise answer
+
+    def _ask(self, command: bytes) -> Deferred[Any]:
+        if self.replyQueue.waiting or not isinstance(self.transport, Connection) or self.transport.TLS:
+            self.transport.write(command)
+        else:
+            # All that was sent before has its answer. This spares the reactor three calls of the system.
+            sent = self.transport.writeSomeData(command)
+            if sent != len(command):
+                self.transport.write(command[sent:] if isinstance(sent, int) else command)
+        answer: Deferred[Any] = self.replyQueue.get()
+        return answer
 
 
 class Hearing(_Careful, txredisapi.SubscriberProtocol):
@@ -162,27 +216,33 @@ class Redis:
         self._hearing: Any = None
         self._subscribing: Deferred[None] | None = None
 
-    async def eval(self, script: str, keys: Sequence[str], arguments: Sequence[object]) -> Any:
+    def run(self, script: Script, arguments: Sequence[str]) -> Deferred[Any]:
         """
         What a script returns. Questions are answered in the order in which they are asked.
 
-        A failure, or cancellation, ends both connections: the next question begins anew.
-
-        :raises Exception: if there is no answer, or it is an error.
+        A failure, such as an answer that is an error, or cancellation ends both connections; the next
+        question begins anew.
         """
+        if self._asking is not None and self._asking.connected and not self._lock.locked:
+            answer: Deferred[Any] = self._asking.run(script, arguments)
+        else:
+            answer = Deferred.fromCoroutine(self._connect_and_run(script, arguments))
+        return answer.addErrback(self._failed)
+
+    async def _connect_and_run(self, script: Script, arguments: Sequence[str]) -> Any:
+        await self._lock.acquire()
         try:
-            await self._lock.acquire()
-            try:
-                if self._asking is None or not self._asking.connected:
-                    self._asking = await self._connect(Asking)
-                    self._asking.longest = self._longest
-                answer = self._asking.eval(script, keys, arguments)
-            finally:
-                self._lock.release()
-            return await answer
-        except BaseException:
-            self.hang_up()
-            raise
+            if self._asking is None or not self._asking.connected:
+                self._asking = await self._connect(Asking)
+                self._asking.longest = self._longest
+            answer = self._asking.run(script, arguments)
+        finally:
+            self._lock.release()
+        return await answer
+
+    def _failed(self, failure: Failure) -> Failure:
+        self.hang_up()
+        return failure
 
     def listen(self, timeout: float) -> None:
         """

@@ -30,7 +30,7 @@ from twisted.logger import Logger
 from twisted.python.failure import Failure
 from zope.interface import implementer
 
-from connlimit._redis import Redis, describe
+from connlimit._redis import Redis, Script, describe
 from connlimit._redis_address import RedisAddress
 from connlimit._system.bounded_log import BoundedLog
 from connlimit._system.clock import clock_of
@@ -60,6 +60,9 @@ _KEPT, _KEPT_BYTES = 2000, 1 << 20
 
 #: How many operations are added, and how many are read, by one question.
 _AT_ONCE = 1000
+
+#: What is said of these at each question.
+_LIMITS = f"{_AT_ONCE}\t{_KEPT}\t{_KEPT_BYTES}"
 
 #: How many records of the state, and how many bytes, are on one page of it; how many pages are asked for, and
 #: written, by one question.
@@ -107,7 +110,7 @@ class RedisStore:
         self._clock = clock_of(reactor)
         self._member = secrets.token_hex(8)
         log, draft = f"{_PREFIX}:log", f"{_PREFIX}:draft:{self._member}"
-        self._keys = [log, f"{_PREFIX}:state", f"{_PREFIX}:about", draft]
+        self._script = Script(_SCRIPT, [log, f"{_PREFIX}:state", f"{_PREFIX}:about", draft])
         self._redis = Redis(self._address, reactor, log, self._hear, _LONGEST)
         self._log = BoundedLog(Logger(), self._clock)
         # What is known here: the first so many operations of a history, and how the last of them begins.
@@ -206,59 +209,69 @@ class RedisStore:
         self._heard = None
         operations, self._queue = self._queue[:_AT_ONCE], self._queue[_AT_ONCE:]
         questions, self._questions = self._questions, []
-        exchanging = ensureDeferred(self._exchange(operations, questions))
+        exchanging = self._exchange(operations, questions)
         exchanging.addCallbacks(self._exchanged, self._failed, errbackArgs=(operations, questions))
         exchanging.addErrback(lambda failure: self._log.failure("an exchange failed", failure))
 
-    async def _exchange(self, operations: list[_Operation], questions: list[_Operation]) -> None:
-        now: object = int(self.seconds() * 1000) if operations or questions else ""
-        limits = [_AT_ONCE, _KEPT, _KEPT_BYTES]
+    def _exchange(self, operations: list[_Operation], questions: list[_Operation]) -> Deferred[None]:
+        """
+        Add operations, and carry out whatever is new; answer questions then.
+        """
+        # The time matters to who asks for something, and to nobody else.
+        now = str(int(self.seconds() * 1000)) if operations or questions else ""
+        words = f"add\t{self._history}\t{self._seen}\t{self._mark}\t{self._member}\t{now}\t{_LIMITS}"
         texts = ["\t".join([each.text for each in operations])] if operations else []
-        while True:
-            known = [self._history, self._seen, self._mark]
-            word, *answer = await self._ask(["add", *known, self._member, now, *limits], texts)
-            if word == "lost":
-                await self._write(f"h{secrets.token_hex(20)}")
-                self._log.warn(
-                    "Redis at {address} has lost what it knew; it is told again", address=self._address
-                )
-            elif word == "state":
-                await self._read(answer[0], int(answer[1]), answer[2])
-            elif word == "ok":
-                self._history, last_time, there, writes, *entries = answer
-                if operations and self._seen + len(operations) == int(there):
-                    # Nobody else did anything that is not known here, and so nothing is told.
-                    self._carry_out_own(last_time, operations)
-                for entry in entries:
-                    self._carry_out(entry)
-                if entries:
-                    self._mark = entries[-1].partition(",")[0]
-                    self._time_seen = time.monotonic()
-                operations, texts = [], []
-                if self._seen >= int(there):
-                    break
-            else:
-                raise ValueError(f"it answers {word!r:.100}")
-        self._time, self._time_seen = max(self._time, int(last_time)), time.monotonic()
-        for question in questions:
-            self._answer(question)
-        if int(writes) and not self._is_writing:
-            self._is_writing = True
-            ensureDeferred(self._write("")).addBoth(self._written)
+        return self._ask(words, *texts).addCallback(self._told, operations, questions)
 
-    async def _ask(self, words: list[object], arguments: list[str]) -> list[str]:
+    def _told(
+        self, answer: list[str], operations: list[_Operation], questions: list[_Operation]
+    ) -> Deferred[None] | None:
+        """
+        Do what Redis says to an exchange, and go on with it until everything is known.
+        """
+        word = answer[0]
+        if word == "ok":
+            _, self._history, last_time, there, writes, *entries = answer
+            if operations and self._seen + len(operations) == int(there):
+                # Nobody else did anything that is not known here, and so nothing is told.
+                self._carry_out_own(last_time, operations)
+            for entry in entries:
+                self._carry_out(entry)
+            if entries:
+                self._mark = entries[-1].partition(",")[0]
+                self._time_seen = time.monotonic()
+            if self._seen < int(there):
+                return self._exchange([], questions)
+            self._time, self._time_seen = max(self._time, int(last_time)), time.monotonic()
+            for question in questions:
+                self._answer(question)
+            if writes != "0" and not self._is_writing:
+                self._is_writing = True
+                ensureDeferred(self._write("")).addBoth(self._written)
+            return None
+        if word == "lost":
+            beginning = ensureDeferred(self._tell_again())
+        elif word == "state":
+            beginning = ensureDeferred(self._read(answer[1], int(answer[2]), answer[3]))
+        else:
+            raise ValueError(f"it answers {word!r:.100}")
+        return beginning.addCallback(lambda _: self._exchange(operations, questions))
+
+    def _ask(self, words: str, *arguments: str) -> Deferred[list[str]]:
         """
         The words that the script returns. Redis has its time for each answer, and not for all together.
         """
-        arguments = ["\t".join(map(str, words)), *arguments]
-        asking: Deferred[Any] = ensureDeferred(self._redis.eval(_SCRIPT, self._keys, arguments))
+        asking = self._redis.run(self._script, [words, *arguments])
         self._asking[asking] = 0
-        try:
-            return str(await asking).split("\t")
-        except CancelledError:
-            raise TimeoutError(f"no answer within {_PATIENCE:g} s") from None
-        finally:
-            del self._asking[asking]
+        return asking.addBoth(self._said, asking)
+
+    def _said(self, answer: object, asking: Deferred[Any]) -> list[str]:
+        del self._asking[asking]
+        if isinstance(answer, Failure):
+            if answer.check(CancelledError):
+                raise TimeoutError(f"no answer within {_PATIENCE:g} s")
+            answer.raiseException()
+        return str(answer).split("\t")
 
     def _see_what_is_due(self) -> None:
         """
@@ -273,14 +286,20 @@ class RedisStore:
         if not self._exchanging and time.monotonic() >= self._look_at:
             self._look()
 
+    async def _tell_again(self) -> None:
+        """
+        Begin a history with what is known here.
+        """
+        await self._write(f"h{secrets.token_hex(20)}")
+        self._log.warn("Redis at {address} has lost what it knew; it is told again", address=self._address)
+
     async def _read(self, history: str, start: int, mark: str) -> None:
         """
         Begin with the state that was written down last; not if another was written down meanwhile.
         """
         state, at, there = State(), 0, 1
-        arguments = ["read", history, start]
         while at < there:
-            pages = await self._ask([*arguments, at, _PAGES_READ], [])
+            pages = await self._ask(f"read\t{history}\t{start}\t{at}\t{_PAGES_READ}")
             if not pages[0]:
                 return
             there = int(pages[0])
@@ -295,7 +314,7 @@ class RedisStore:
         """
         Write the state down as it is now, while it may go on changing.
         """
-        known = [self._history, self._seen]
+        known = f"{self._history}\t{self._seen}"
         mark, now = self._mark, self._time
         count = size = 0
         written: list[str] = []
@@ -303,10 +322,10 @@ class RedisStore:
             written.append(page)
             count, size = count + records, size + len(page)
             if len(written) >= _PAGES_WRITTEN:
-                await self._ask(["draft", *known, self._member], written)
+                await self._ask(f"draft\t{known}\t{self._member}", *written)
                 written = []
-        await self._ask(["draft", *known, self._member], written)
-        await self._ask(["keep", *known, mark, now, new_history, count, size], [])
+        await self._ask(f"draft\t{known}\t{self._member}", *written)
+        await self._ask(f"keep\t{known}\t{mark}\t{now}\t{new_history}\t{count}\t{size}")
 
     def _written(self, result: object) -> None:
         # A failure matters to nobody: somebody will write the state down when there is more.
