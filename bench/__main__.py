@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from bench import (
+from bench.cases import (
     burst,
     interfaces,
     line,
@@ -22,9 +22,9 @@ from bench import (
     shared,
     start,
     workers,
-    write,
 )
-from bench.results import Result
+from bench.harness import write
+from bench.harness.results import Result
 
 BENCHMARKS: dict[str, Callable[[bool], Iterator[Result]]] = {
     "overhead": overhead.run,

@@ -35,7 +35,7 @@ from twisted.python.failure import Failure
 from zope.interface import implementer
 
 from connlimit import Limiter, LimitingEndpoint
-from connlimit._limiter import Snapshot
+from connlimit._limiter.limiter import Snapshot
 
 #: How long anything may take to be cleared up after the last client, in seconds.
 PATIENCE = 20.0

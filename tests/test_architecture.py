@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from connlimit._toml import document
+from connlimit._twistd.toml import document
 
 ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "src" / "connlimit"

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 
 #: Looks for a program that nobody has.
 LOOK = """
-from bench.processes import Missing, program
+from bench.harness.processes import Missing, program
 try:
     program("nonsense")
 except Missing as missing:

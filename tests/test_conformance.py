@@ -26,8 +26,8 @@ from typing import Any
 
 import pytest
 from pytest_twisted import ensureDeferred
-from sockets import patiently
 from support import PATIENCE, make_certificate, read_all, require_program, talk_tls
+from support.sockets import patiently
 from twisted.internet import reactor
 from twisted.internet.defer import Deferred
 from twisted.internet.endpoints import TCP4ClientEndpoint

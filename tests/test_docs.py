@@ -17,9 +17,9 @@ from typing import Any
 import attrs
 import pytest
 from pytest_twisted import ensureDeferred
-from sockets import patiently
+from semaphores.test_site import ours
 from support import PATIENCE, Log, require_program, running
-from test_semaphores_http import ours
+from support.sockets import patiently
 from twisted.internet import endpoints
 from twisted.internet.defer import ensureDeferred as start
 from twisted.internet.defer import succeed
@@ -184,8 +184,8 @@ TCP4ServerEndpoint.__init__.__defaults__ = (50, "127.0.0.1")
 #: What an order of one's own is meant to do.
 EPILOGUE = """
 from twisted.internet.address import IPv4Address
-from connlimit._inert import Inert
-from connlimit._line import Guarded, Line
+from connlimit._limiter.inert import Inert
+from connlimit._limiter.queue import Guarded, Line
 line = Line(Guarded(OfficeFirst(None, None)), lambda key: True)
 waiting = [Inert(IPv4Address("TCP", host, 1)) for host in ("192.0.2.1", "10.0.0.1", "192.0.2.2", "10.0.0.2")]
 for now, each in enumerate(waiting):

@@ -167,13 +167,13 @@ def test_the_core_alone_works_and_says_which_extra_it_lacks(built: Path, environ
         lacking = environment.run("python", "-c", CORE_ALONE).splitlines()
         assert lacking.pop() == "url with https needs pyOpenSSL: pip install 'connlimit[tls]'"
         assert dict(line.split() for line in lacking) == {
-            "connlimit._redis": "txredisapi",
-            "connlimit._redis_address": "txredisapi",
-            "connlimit._redis_limit": "txredisapi",
-            "connlimit._redis_link": "txredisapi",
-            "connlimit._sentinel": "txredisapi",
+            "connlimit._redis.client": "txredisapi",
+            "connlimit._redis.address": "txredisapi",
+            "connlimit.shared.redis_limit": "txredisapi",
+            "connlimit._redis.link": "txredisapi",
+            "connlimit._redis.sentinel": "txredisapi",
             "connlimit.metrics": "prometheus_client",
-            "connlimit.semaphores._program": "httptools",
+            "connlimit._twistd.semaphores.program": "httptools",
             "connlimit.semaphores.server.http": "httptools",
             "connlimit.semaphores.server.redis_store": "txredisapi",
             "connlimit.semaphores.server.requests": "httptools",

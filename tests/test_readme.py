@@ -32,7 +32,7 @@ def test_two_commands_do_everything() -> None:
 
 
 def test_every_setting_is_in_its_table() -> None:
-    from connlimit._settings import FIELDS
+    from connlimit._limiter.settings import FIELDS
 
     for name in FIELDS:
         assert f"\n``{name}``" in README

@@ -18,10 +18,10 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
-from fakes import ApplicationError, RecordingFactory
 from pytest_twisted import ensureDeferred
-from sockets import Client, connected, listening, patiently, until, wrap_server_tls
 from support import PATIENCE, Log, read_all, require_program
+from support.fakes import ApplicationError, RecordingFactory
+from support.sockets import Client, connected, listening, patiently, until, wrap_server_tls
 from twisted.internet import reactor
 from twisted.internet.endpoints import serverFromString
 from twisted.internet.protocol import Factory, Protocol
@@ -31,7 +31,9 @@ from twisted.logger import Logger
 from zope.interface import implementer
 from zope.interface.verify import verifyObject
 
-from connlimit import Limiter, _descriptors, _refusing, refusals
+from connlimit import Limiter, refusals
+from connlimit._connection import refused
+from connlimit._system import descriptors
 from connlimit._system.bounded_log import BoundedLog
 from connlimit.interfaces import IRefusal
 
@@ -265,7 +267,7 @@ class Rude(Protocol):
 
 @ensureDeferred
 async def test_any_factory_can_refuse_and_is_cut_off_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_refusing, "LINGER", 0.3)
+    monkeypatch.setattr(refused, "LINGER", 0.3)
     async with full(Factory.forProtocol(Rude)) as (limiter, port):
         client: Client = await connected(f"tcp:127.0.0.1:{port}")
         await client.receives(b"no")
@@ -277,15 +279,15 @@ async def test_any_factory_can_refuse_and_is_cut_off_in_time(monkeypatch: pytest
 async def test_who_never_reads_or_never_closes_is_cut_off_and_counts_against_a_bound(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    await until(lambda: _descriptors.REFUSALS.taken == 0)
-    monkeypatch.setattr(_refusing, "LINGER", 0.5)
-    monkeypatch.setattr(_descriptors.REFUSALS, "has_room", lambda: _descriptors.REFUSALS.taken < 3)
+    await until(lambda: descriptors.REFUSALS.taken == 0)
+    monkeypatch.setattr(refused, "LINGER", 0.5)
+    monkeypatch.setattr(descriptors.REFUSALS, "has_room", lambda: descriptors.REFUSALS.taken < 3)
     async with full(refusals.Say(b"x" * 5_000_000)) as (limiter, port):
         silent = [socket.create_connection(("127.0.0.1", port), PATIENCE) for _ in range(5)]
         await until(lambda: limiter.snapshot().refused["full"] == 5)
         # Three are being told, the others are closed without a word.
         assert [client.recv(1) for client in silent].count(b"") == 2
-        await until(lambda: _descriptors.REFUSALS.taken == 0)
+        await until(lambda: descriptors.REFUSALS.taken == 0)
         for client in silent:
             client.close()
 
@@ -375,7 +377,7 @@ async def test_a_refusal_that_fails_while_it_speaks_is_ended_and_does_not_fill_t
         raise ApplicationError
 
     Failing = type("Failing", (Protocol,), {method: fail})
-    monkeypatch.setattr(_refusing, "_log", BoundedLog(Logger()))
+    monkeypatch.setattr(refused, "_log", BoundedLog(Logger()))
     with Log() as log:
         async with full(Factory.forProtocol(Failing)) as (limiter, port):
             for number in range(5):
@@ -386,7 +388,7 @@ async def test_a_refusal_that_fails_while_it_speaks_is_ended_and_does_not_fill_t
                     await client.close()
                 else:
                     await client.is_closed()
-            await until(lambda: _descriptors.REFUSALS.taken == 0)
+            await until(lambda: descriptors.REFUSALS.taken == 0)
     assert len([event for event in log.events if "log_failure" in event]) == 1
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from connlimit._toml import document
+from connlimit._twistd.toml import document
 
 ROOT = Path(__file__).parent.parent
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))

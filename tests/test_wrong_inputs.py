@@ -10,19 +10,19 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from fakes import RecordingFactory
-from test_settings import VALUES
-from test_tap import ECHO, TAC
+from limiter.test_settings import VALUES
+from support.fakes import RecordingFactory
+from twistd.test_command_line import ECHO, TAC
 from twisted.internet import reactor
 from twisted.internet.endpoints import quoteStringArgument, serverFromString
 
 from connlimit import LimitedService, Limiter, LimitingEndpoint, LimitingFactory
-from connlimit._config import read
-from connlimit._configured import check
-from connlimit._program import CannotStart
-from connlimit._tap import Options, makeService
-from connlimit._toml import ConfigError
-from connlimit.semaphores._tap import Options as SemaphoresOptions
+from connlimit._twistd.command_line import Options, makeService
+from connlimit._twistd.config_file import read
+from connlimit._twistd.program import CannotStart
+from connlimit._twistd.reload import check
+from connlimit._twistd.semaphores.command_line import Options as SemaphoresOptions
+from connlimit._twistd.toml import ConfigError
 
 #: What must not be seen by somebody who writes no Python.
 PYTHON = (

@@ -18,14 +18,14 @@ from twisted.python import usage
 
 import connlimit
 from connlimit import Limiter
-from connlimit._config import Config, ServiceConfig, StatusConfig
-from connlimit._kinds import KINDS
-from connlimit._settings import FIELDS
-from connlimit._tap import Options
-from connlimit._toml import document
+from connlimit._connection.known_protocols import KINDS
+from connlimit._limiter.settings import FIELDS
+from connlimit._twistd.command_line import Options
+from connlimit._twistd.config_file import Config, ServiceConfig, StatusConfig
+from connlimit._twistd.semaphores.command_line import Options as SemaphoresOptions
+from connlimit._twistd.toml import document
 from connlimit.metrics import LimiterCollector
-from connlimit.semaphores._tap import Options as SemaphoresOptions
-from connlimit.status._watch import Watch
+from connlimit.status.watch import Watch
 
 
 class SettingsDirective(SphinxDirective):

@@ -2,13 +2,13 @@
 A connection limiter for any Twisted server: so many are served at once, the others wait in line.
 """
 
-from connlimit._factory import LimitingFactory
-from connlimit._limiter import Limiter, Snapshot
+from connlimit._connection.factory import LimitingFactory
+from connlimit._limiter.limiter import Limiter, Snapshot
+from connlimit._listening.next_to_socket import limit_reactor
 from connlimit._listening.proxy_header import ProxyHeaderEndpoint
+from connlimit._listening.service import LimitedService, LimitingEndpoint, limit_service
 from connlimit._log import ConnectionLog, LimiterLog
-from connlimit._place import limit_reactor
-from connlimit._service import LimitedService, LimitingEndpoint, limit_service
-from connlimit._version import __version__
+from connlimit._system.version import __version__
 
 __all__ = [
     "ConnectionLog",

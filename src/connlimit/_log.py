@@ -16,7 +16,7 @@ from connlimit.observers import LimiterObserver
 from connlimit.refusals import DRAINING
 
 if TYPE_CHECKING:
-    from connlimit._limiter import Limiter
+    from connlimit._limiter.limiter import Limiter
 
 #: Seconds for which somebody must have waited without a break before that is told.
 _LEAST = 1.0

@@ -12,7 +12,7 @@ from twisted.internet.interfaces import IAddress, IProtocol, IProtocolFactory
 from zope.interface import Attribute, Interface
 
 if TYPE_CHECKING:
-    from connlimit._limiter import Limiter
+    from connlimit._limiter.limiter import Limiter
 
 
 class IConnection(Interface):

@@ -11,7 +11,7 @@ from zope.interface import implementer
 from connlimit.interfaces import IConnection, ILimiterObserver
 
 if TYPE_CHECKING:
-    from connlimit._limiter import Limiter
+    from connlimit._limiter.limiter import Limiter
 
 
 @implementer(ILimiterObserver)

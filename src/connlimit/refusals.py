@@ -18,7 +18,7 @@ from twisted.internet.interfaces import IAddress, IProtocol, IProtocolFactory
 from twisted.internet.protocol import Protocol
 from zope.interface import implementer
 
-from connlimit._sockets import abort, can_half_close
+from connlimit._system.sockets import abort, can_half_close
 from connlimit.interfaces import IRefusal
 
 FULL = "full"

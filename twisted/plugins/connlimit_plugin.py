@@ -20,23 +20,23 @@ class _EndpointParser:
 
     def parseStreamServer(self, reactor: object, *args: object, **kwargs: object) -> IStreamServerEndpoint:
         """
-        See `connlimit._endpoint.from_arguments`.
+        See `connlimit._listening.endpoint_string.from_arguments`.
         """
-        from connlimit._endpoint import from_arguments
+        from connlimit._listening.endpoint_string import from_arguments
 
         return from_arguments(reactor, args, kwargs)
 
 
 connlimit = ServiceMaker(
     "connlimit",
-    "connlimit._tap",
+    "connlimit._twistd.command_line",
     "A connection limiter before another server, a factory or any other plugin.",
     "connlimit",
 )
 connlimit_endpoint_parser = _EndpointParser()
 connlimit_semaphores = ServiceMaker(
     "connlimit-semaphores",
-    "connlimit.semaphores._tap",
+    "connlimit._twistd.semaphores.command_line",
     "Named semaphores over HTTP, for clients of Throttle.",
     "connlimit-semaphores",
 )

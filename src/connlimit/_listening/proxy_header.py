@@ -30,8 +30,8 @@ from twisted.logger import Logger
 from twisted.python.failure import Failure
 from zope.interface import implementer
 
-from connlimit import _descriptors, _sockets
-from connlimit._peers import peer_key
+from connlimit._limiter.peers import peer_key
+from connlimit._system import descriptors, sockets
 from connlimit._system.bounded_log import BoundedLog
 
 #: Seconds within which the header must have come.
@@ -165,8 +165,8 @@ class _AwaitHeader(Protocol):
         """
         Whether something has come that is not read yet.
         """
-        sock = _sockets.socket_of(self.transport)
-        return sock is not None and _sockets.unread(sock.fileno())
+        sock = sockets.socket_of(self.transport)
+        return sock is not None and sockets.unread(sock.fileno())
 
     def make_room(self) -> None:
         """
@@ -182,7 +182,7 @@ class _AwaitHeader(Protocol):
         # At once: a port accepts many in one turn of the reactor.
         self._over()
         self._log(why)
-        if not _sockets.end_at_once(self.transport):
+        if not sockets.end_at_once(self.transport):
             self.transport.abortConnection()
 
     def _log(self, what: str) -> None:
@@ -215,14 +215,14 @@ class _Awaited:
 
         :return: whether it may.
         """
-        sock = _sockets.socket_of(connection.transport)
-        if sock is not None and sock.fileno() >= _descriptors.reserve_begins:
-            _descriptors.saw(sock.fileno())
-        if not _descriptors.HEADERS.has_room() and not self._make_room(balancer):
+        sock = sockets.socket_of(connection.transport)
+        if sock is not None and sock.fileno() >= descriptors.reserve_begins:
+            descriptors.saw(sock.fileno())
+        if not descriptors.HEADERS.has_room() and not self._make_room(balancer):
             return False
         self.all[connection] = balancer
         self._of.setdefault(balancer, {})[connection] = None
-        _descriptors.HEADERS.taken += 1
+        descriptors.HEADERS.taken += 1
         return True
 
     def discard(self, connection: _AwaitHeader) -> None:
@@ -235,7 +235,7 @@ class _Awaited:
             del of[connection]
             if not of:
                 del self._of[balancer]
-            _descriptors.HEADERS.taken -= 1
+            descriptors.HEADERS.taken -= 1
 
     def _make_room(self, balancer: Any) -> bool:
         """
@@ -249,9 +249,9 @@ class _Awaited:
             own = self._of.get(balancer, {})
             oldest = next(iter(own if 2 * len(own) >= len(self.all) else self.all), None)
             if oldest is None or oldest.has_unread():
-                return _descriptors.left_for_waiting()
+                return descriptors.left_for_waiting()
             oldest.make_room()
-            if _descriptors.HEADERS.has_room():
+            if descriptors.HEADERS.has_room():
                 break
         return True
 

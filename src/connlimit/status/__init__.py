@@ -10,9 +10,9 @@ from typing import Protocol
 from twisted.application.service import IService
 from twisted.internet.interfaces import IStreamServerEndpoint
 
-from connlimit._limiter import Limiter
-from connlimit.status._serve import serve
-from connlimit.status._service import StatusService
+from connlimit._limiter.limiter import Limiter
+from connlimit.status.in_code import serve
+from connlimit.status.service import StatusService
 
 __all__ = ["serve", "status_service"]
 

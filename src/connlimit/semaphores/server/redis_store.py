@@ -30,8 +30,8 @@ from twisted.logger import Logger
 from twisted.python.failure import Failure
 from zope.interface import implementer
 
-from connlimit._redis import Redis, Script, describe
-from connlimit._redis_address import RedisAddress
+from connlimit._redis.address import RedisAddress
+from connlimit._redis.client import Redis, Script, describe
 from connlimit._system.bounded_log import BoundedLog
 from connlimit._system.clock import clock_of
 from connlimit.semaphores.server.records import Rejected

@@ -10,7 +10,7 @@ from functools import lru_cache
 from typing import Any
 from urllib.parse import unquote_to_bytes
 
-from connlimit.semaphores._durations import duration
+from connlimit._system.durations import duration
 from connlimit.semaphores.server.http import TEXT, TOO_LONG, Answer, Request
 
 _U64 = 2**64

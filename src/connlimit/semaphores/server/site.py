@@ -17,7 +17,7 @@ from twisted.logger import Logger
 from twisted.python.failure import Failure
 
 from connlimit._system.bounded_log import BoundedLog
-from connlimit._version import __version__
+from connlimit._system.version import __version__
 from connlimit.semaphores.server import page
 from connlimit.semaphores.server.facts import metrics_text, peer_facts, semaphore_facts
 from connlimit.semaphores.server.http import HTML, JSON, TEXT, Answer, HttpFactory, Request

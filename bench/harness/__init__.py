@@ -1,0 +1,3 @@
+"""
+What the benchmarks are made with.
+"""

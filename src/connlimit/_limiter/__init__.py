@@ -1,0 +1,3 @@
+"""
+Who is served, who waits and who is refused.
+"""

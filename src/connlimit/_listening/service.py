@@ -1,0 +1,236 @@
+"""
+Listening behind a limiter: as an endpoint, as a service that drains when it is stopped, and as any service.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+from twisted.application.internet import SSLServer, StreamServerEndpointService, TCPServer, UNIXServer
+from twisted.application.service import IService, IServiceCollection
+from twisted.internet.defer import Deferred, ensureDeferred
+from twisted.internet.interfaces import IListeningPort, IProtocolFactory, IStreamServerEndpoint
+
+from connlimit._connection.factory import LimitingFactory
+from connlimit._limiter.limiter import Limiter
+from connlimit._listening.from_string import Where, place_of, server_endpoint
+from connlimit._listening.ports import WatchedEndpoint, check_when_full
+
+
+class LimitingEndpoint(WatchedEndpoint):
+    """
+    An endpoint that puts a limiter before whatever listens on it.
+
+    :ivar endpoint: where to listen.
+    :ivar limiter: the limiter; every factory that listens here shares it.
+    :ivar when_full: ``refuse``, or ``stop-accepting``: while nobody can be served or wait, the port accepts
+        nobody, and the kernel's backlog holds those who come.
+    """
+
+    def listen(self, protocolFactory: IProtocolFactory) -> Deferred[IListeningPort]:
+        """
+        Listen on the endpoint, the limiter before the factory.
+        """
+        return super().listen(self.limit(protocolFactory))
+
+    def limit(self, factory: IProtocolFactory) -> IProtocolFactory:
+        """
+        Put the limiter before a factory.
+        """
+        return LimitingFactory(factory, self.limiter)
+
+
+class LimitedService(StreamServerEndpointService):
+    """
+    A service that listens on an endpoint behind a limiter.
+
+    If it cannot listen, it does not start: the error is raised by ``startService``. When it is stopped,
+    it refuses those who wait for it, stops listening, and waits until all who were refused have been told.
+    With a *drain_timeout* it then lets the active connections finish, and closes what is left when that time
+    is over; the limiter's connections to other services are left alone.
+    """
+
+    factory: LimitingFactory
+
+    def __init__(
+        self,
+        endpoint: IStreamServerEndpoint,
+        factory: IProtocolFactory,
+        limiter: Limiter,
+        drain_timeout: float | None = None,
+        when_full: str = "refuse",
+    ) -> None:
+        """
+        :param endpoint: where to listen.
+        :param factory: serves the connections.
+        :param limiter: says how many at once.
+        :param drain_timeout: seconds that active connections may take when the service is stopped;
+            None does not wait for them, and leaves them open, as Twisted does.
+        :param when_full: see `LimitingEndpoint`.
+        :raises ValueError: for a wrong *drain_timeout* or *when_full*.
+        """
+        if drain_timeout is not None and not 0 <= drain_timeout < math.inf:
+            raise ValueError(
+                f"drain_timeout must be a number of seconds, 0 or more, or None, not {drain_timeout!r}"
+            )
+        super().__init__(WatchedEndpoint(endpoint, limiter, when_full), LimitingFactory(factory, limiter))
+        self.drain_timeout = drain_timeout
+
+    def privilegedStartService(self) -> None:
+        """
+        Start to listen, or raise the reason why that is impossible.
+        """
+        # The flag by which strports.service makes a failure to listen a failure to start.
+        self._raiseSynchronously = True
+        super().privilegedStartService()
+
+    def stopService(self) -> Deferred[Any]:
+        """
+        Stop listening, and drain.
+
+        :return: fires when that is done.
+        """
+        return ensureDeferred(self._stop())
+
+    async def _stop(self) -> None:
+        limiter = self.factory.limiter
+        # Before anything else of it stops; from the next call on nobody comes any more.
+        limiter.refuse_waiting(limiter.waiting_for(self.factory))
+        await super().stopService()
+        active = [] if self.drain_timeout is None else limiter.active_for(self.factory)
+        await limiter.wait_for(active, self.drain_timeout)
+
+
+def limit_service(
+    service: Any, limiter: Limiter, when_full: str = "refuse", skip: Iterable[str] = ()
+) -> list[IService]:
+    """
+    Put a limiter before every factory that listens in a tree of services, whoever made them.
+
+    :param service: a service that was not started yet, or an application.
+    :param limiter: the limiter; all of them share it.
+    :param when_full: see `LimitingEndpoint`.
+    :param skip: where not to: endpoint strings such as ``tcp:8081``, which stands for any interface.
+    :return: the services that are limited now.
+    :raises ValueError: if nothing is left to limit, it listens already, nothing listens at one of *skip*,
+        it is behind this limiter already, or *when_full* asks too much of what listens without an endpoint;
+        nothing has changed then.
+    """
+    found = to_limit(service, when_full, skip)
+    for each in found:
+        if limiter in (getattr(_factory(each), "limiter", None), _limiter_of(each)):
+            raise ValueError(
+                f"{each} listens behind this limiter already, so a connection would need two of its slots"
+            )
+    for each in found:
+        _limit(each, limiter, when_full)
+    return found
+
+
+def to_limit(
+    service: Any,
+    when_full: str,
+    skip: Iterable[str],
+    called: str = "this",
+    spell: Callable[[str], str] = str,
+) -> list[Any]:
+    """
+    The services that `limit_service` limits.
+
+    :param called: what the whole is called.
+    :param spell: how the user spells *when_full* and *skip*.
+    :raises ValueError: as `limit_service` does.
+    """
+    check_when_full(when_full, spell("when_full"))
+    found = list(listening_services(IService(service)))
+    if not found:
+        raise ValueError(f"{called} has no service that listens, so there is nothing to limit")
+    for description in skip:
+        found = _without(found, description, spell("skip"))
+    if not found:
+        raise ValueError(f"{spell('skip')} leaves nothing of {called} to limit")
+    for each in found:
+        if each.running:
+            raise ValueError(f"{each} listens already; it must be limited before it is started")
+        if when_full != "refuse" and not isinstance(each, StreamServerEndpointService):
+            raise ValueError(
+                f"{spell('when_full')} must be refuse, not {when_full}, for {called}, "
+                "which listens without endpoints"
+            )
+    return found
+
+
+def listening_services(service: IService) -> Iterator[Any]:
+    """
+    The services that listen, in a tree of services.
+    """
+    if isinstance(service, (StreamServerEndpointService, TCPServer, SSLServer, UNIXServer)):
+        yield service
+    for each in IServiceCollection(service, ()):
+        yield from listening_services(each)
+
+
+def _without(services: list[Any], description: str, name: str) -> list[Any]:
+    """
+    Those services that do not listen where the description says.
+    """
+    from twisted.internet import reactor
+
+    skipped = place_of(server_endpoint(reactor, description, name))
+    places = [_place(each) for each in services]
+    left = [
+        each for each, place in zip(services, places, strict=True) if skipped is None or place not in skipped
+    ]
+    if len(left) == len(services):
+        where = ", ".join(str(place) for place in places if place is not None) or "nowhere that can be told"
+        raise ValueError(f"{name} must say where something listens ({where}), not {description!r}")
+    return left
+
+
+def _place(service: Any) -> Where | None:
+    """
+    Where a service listens, as far as that can be told.
+    """
+    if isinstance(service, StreamServerEndpointService):
+        return place_of(service.endpoint)
+    # They keep the arguments of listenTCP and its like.
+    where, interface = service.args[0], service.kwargs.get("interface")
+    if isinstance(service, UNIXServer):
+        return Where("unix", os.path.abspath(where))
+    at = 4 if isinstance(service, SSLServer) else 3
+    return Where("tcp", where, interface or (service.args[at] if len(service.args) > at else ""))
+
+
+def _factory(service: Any) -> Any:
+    """
+    The factory of a service that listens.
+    """
+    if isinstance(service, StreamServerEndpointService):
+        return service.factory
+    # It is the second of the arguments of listenTCP and its like.
+    return service.kwargs["factory"] if "factory" in service.kwargs else service.args[1]
+
+
+def _limiter_of(service: Any) -> Limiter | None:
+    """
+    The limiter of the endpoint of a service, if it has one.
+    """
+    endpoint = getattr(service, "endpoint", None)
+    return endpoint.limiter if isinstance(endpoint, LimitingEndpoint) else None
+
+
+def _limit(service: Any, limiter: Limiter, when_full: str) -> None:
+    limited = LimitingFactory(_factory(service), limiter)
+    if isinstance(service, StreamServerEndpointService):
+        # If it cannot listen it does not start, as one of strports.service.
+        service._raiseSynchronously = True
+        service.factory = limited
+        service.endpoint = WatchedEndpoint(service.endpoint, limiter, when_full)
+    elif "factory" in service.kwargs:
+        service.kwargs["factory"] = limited
+    else:
+        where, _, *rest = service.args
+        service.args = (where, limited, *rest)

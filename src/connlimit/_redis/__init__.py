@@ -1,0 +1,3 @@
+"""
+Connections to a Redis.
+"""

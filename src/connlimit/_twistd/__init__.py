@@ -1,0 +1,3 @@
+"""
+What twistd runs.
+"""

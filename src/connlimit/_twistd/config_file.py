@@ -1,0 +1,384 @@
+"""
+The configuration file: what it may say, and everything that is wrong with it.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import attrs
+
+from connlimit._limiter.settings import FIELDS, Settings, check_limits, load, seconds, shown
+from connlimit._listening.ports import WHEN_FULL
+from connlimit._twistd.targets.relay_options import RELAY_FIELDS, RelayOptions, relay_options
+from connlimit._twistd.toml import ConfigError, document
+
+#: How many processes can serve; more are a slip.
+MOST_PROCESSES = 1024
+
+#: Seconds after which a worker that does not answer is killed, unless something else is said.
+WORKER_TIMEOUT = 60.0
+
+
+@attrs.frozen
+class ServiceConfig:
+    """
+    What one service listens at, what it serves with, and whose limits hold.
+
+    :ivar name: its name in the file.
+    :ivar limiter: the name of its limiter; may be left out if there is one only.
+    :ivar listen: an endpoint string or several.
+    :ivar forward: the endpoint string of another server.
+    :ivar relay: how the relay to it treats its connections.
+    :ivar factory: MODULE:NAME of a factory, or of a callable that returns one.
+    :ivar plugin: a twistd plugin's name and its arguments.
+    :ivar tac: the path of a ``.tac`` file, whose application is run.
+    :ivar skip: what of a plugin or an application is left without limits, by the endpoints it listens at.
+    :ivar when_full: what its ports do when its limiter is full, ``refuse`` or ``stop-accepting``.
+    """
+
+    name: str
+    limiter: str
+    listen: tuple[str, ...] = ()
+    forward: str | None = None
+    factory: str | None = None
+    plugin: tuple[str, ...] = ()
+    when_full: str = "refuse"
+    relay: RelayOptions = RelayOptions()
+    tac: str | None = None
+    skip: tuple[str, ...] = ()
+
+
+@attrs.frozen
+class StatusConfig:
+    """
+    Where the status page is, and what it shows.
+
+    :ivar listen: the endpoint string of the status page.
+    :ivar show_peers: whether others than loopback see the addresses of peers.
+    :ivar hosts: names, besides IP addresses and localhost, by which browsers may ask for it.
+    """
+
+    listen: str
+    show_peers: bool = False
+    hosts: tuple[str, ...] = ()
+
+
+@attrs.frozen
+class Config:
+    """
+    All that a file says.
+
+    :ivar limiters: the settings of each limiter, by its name; those that are not given have their defaults.
+    :ivar shared: the URLs of the limiters that are shared, by their names.
+    :ivar services: the services by their names.
+    :ivar status: the status page, or None.
+    :ivar drain_timeout: seconds that connections may take to end when the program is stopped.
+    :ivar log_connections: whether each connection is told of in the log, from the next start on.
+    :ivar processes: how many processes serve, from the next start on.
+    :ivar worker_timeout: seconds after which one of them that does not answer is killed.
+    """
+
+    limiters: Mapping[str, Mapping[str, Any]]
+    shared: Mapping[str, str]
+    services: Mapping[str, ServiceConfig]
+    status: StatusConfig | None = None
+    drain_timeout: float = 0.0
+    log_connections: bool = False
+    processes: int = 1
+    worker_timeout: float = WORKER_TIMEOUT
+
+    def summary(self) -> list[str]:
+        """
+        What the program would do, a line each.
+        """
+        lines = [
+            f"limiter {name}: "
+            + (", ".join(f"{k}={shown(v)}" for k, v in settings.items() if k != "name") or "no limits")
+            for name, settings in self.limiters.items()
+        ]
+        for service in self.services.values():
+            does = (
+                f"forwards to {service.forward}{' with a PROXY header' if service.relay.send_proxy else ''}"
+                if service.forward
+                else f"serves with {service.factory}"
+                if service.factory
+                else f"runs {service.tac or ' '.join(service.plugin)}"
+            )
+            where = f"listens at {', '.join(service.listen)}, " if service.listen else ""
+            lines.append(f"service {service.name}: {where}{does}, behind limiter {service.limiter}")
+        if self.processes > 1:
+            lines.append(f"processes: {self.processes}")
+        if self.status:
+            lines.append(f"status page: listens at {self.status.listen}")
+        return lines
+
+
+def read(path: Path, text: str | None = None) -> Config:
+    """
+    Read a file.
+
+    :param text: its text, if it was read already.
+    :raises ConfigError: with everything that is wrong with it.
+    """
+    return _Reader(str(path)).config(document(path, text))
+
+
+class _Reader:
+    """
+    Makes a `Config` of a document, and collects what is wrong.
+    """
+
+    def __init__(self, file: str) -> None:
+        self._file = file
+        self._errors: list[str] = []
+
+    def config(self, document: Mapping[str, Any]) -> Config:
+        """
+        The document's `Config`.
+        """
+        known = self._known(
+            document,
+            "",
+            [
+                "limiters",
+                "services",
+                "status",
+                "drain_timeout",
+                "log_connections",
+                "processes",
+                "worker_timeout",
+            ],
+        )
+        tables = self._tables(known, "limiters")
+        limiters = {name: self._limiter(name, table) for name, table in tables.items()}
+        if not limiters and not self._errors:
+            self._wrong("", "limiters", "at least one table, such as [limiters.web]", None)
+        right = "the URL of a Redis, such as 'redis://localhost'"
+        shared = {
+            name: self._value(f"limiters.{name}", table, "shared", right, _text, "")
+            for name, table in tables.items()
+            if "shared" in table
+        }
+        services = {
+            name: self._service(name, table, limiters)
+            for name, table in self._tables(known, "services").items()
+        }
+        if not services and not self._errors:
+            self._wrong("", "services", "at least one table, such as [services.web]", None)
+        status = self._status(known["status"]) if "status" in known else None
+        drain = self._value("", known, "drain_timeout", "a number of seconds, 0 or more", _drain, 0.0)
+        log = self._value("", known, "log_connections", "true or false", _flag, False)
+        right = f"a whole number from 1 to {MOST_PROCESSES}"
+        processes = self._value("", known, "processes", right, _processes, 1)
+        right = "a number of seconds, 1 or more"
+        timeout = self._value("", known, "worker_timeout", right, _at_least_one, WORKER_TIMEOUT)
+        if self._errors:
+            raise ConfigError([_one_line(each) for each in self._errors])
+        return Config(
+            limiters,
+            shared,
+            {k: v for k, v in services.items() if v is not None},
+            status,
+            drain,
+            log,
+            processes,
+            timeout,
+        )
+
+    def _limiter(self, name: str, table: Mapping[str, Any]) -> dict[str, Any]:
+        where = f"limiters.{name}"
+        before = len(self._errors)
+        settings = {}
+        keys = [*(each for each in FIELDS if each != "name"), "shared"]
+        for key, value in self._known(table, where, keys).items():
+            if key == "shared":
+                continue
+            try:
+                settings[key] = load(key, value)
+            except (TypeError, ValueError) as error:
+                self._errors.append(f"{self._file}: [{where}] {error}")
+        if len(self._errors) == before:
+            try:
+                Settings().evolve(settings)
+                check_limits(table, str, 'max_connections = "none"')
+            except ValueError as error:
+                self._errors.append(f"{self._file}: [{where}] {error}")
+        return {**settings, "name": name}
+
+    def _service(
+        self, name: str, table: Mapping[str, Any], limiters: Mapping[str, object]
+    ) -> ServiceConfig | None:
+        where = f"services.{name}"
+        before = len(self._errors)
+        keys = [each.name for each in attrs.fields(ServiceConfig) if each.name not in ("name", "relay")]
+        table = self._known(table, where, [*keys, *RELAY_FIELDS])
+        listen = self._value(where, table, "listen", "an endpoint such as 'tcp:8080', or several", _texts, ())
+        plugin = self._value(
+            where,
+            table,
+            "plugin",
+            "a twistd plugin's name and arguments, such as ['web', '--path=.']",
+            _texts,
+            (),
+        )
+        forward = self._value(
+            where, table, "forward", "an endpoint such as 'tcp:localhost:9000'", _text, None
+        )
+        relay = self._relay(where, table, forward)
+        factory = self._value(
+            where, table, "factory", "a text such as 'mypackage.server:factory'", _text, None
+        )
+        when_full = self._value(
+            where, table, "when_full", " or ".join(WHEN_FULL), _one_of(WHEN_FULL), "refuse"
+        )
+        only = next(iter(limiters)) if len(limiters) == 1 else None
+        names = ", ".join(limiters) or "none yet"
+        limiter = self._value(
+            where, table, "limiter", f"the name of a limiter ({names})", _one_of(tuple(limiters)), only
+        )
+        if limiter is None and "limiter" not in table:
+            self._wrong(where, "limiter", f"the name of a limiter ({names})", None)
+        tac = self._value(where, table, "tac", "the path of a .tac file", _text, None)
+        skip = self._value(where, table, "skip", "an endpoint such as 'tcp:8081', or several", _texts, ())
+        given = [key for key in ("forward", "factory", "plugin", "tac") if key in table]
+        if len(given) != 1:
+            self._errors.append(
+                f"{self._file}: [{where}] needs one of forward, factory, plugin and tac, "
+                f"not {' and '.join(given) or 'none'}"
+            )
+        elif bool(listen) == bool(plugin or tac) and len(self._errors) == before:
+            what = f"must be left out with {given[0]}, which listens by itself" if listen else "is missing"
+            self._errors.append(f"{self._file}: [{where}] listen {what}")
+        elif skip and not (plugin or tac):
+            self._errors.append(f"{self._file}: [{where}] skip must be left out without plugin or tac")
+        if len(self._errors) > before:
+            return None
+        return ServiceConfig(name, limiter, listen, forward, factory, plugin, when_full, relay, tac, skip)
+
+    def _relay(self, where: str, table: Mapping[str, Any], forward: str | None) -> RelayOptions:
+        given = {name: table[name] for name in RELAY_FIELDS if name in table}
+        if given and "forward" not in table:
+            self._errors.append(f"{self._file}: [{where}] {next(iter(given))} needs forward")
+        elif given and forward is not None:
+            try:
+                return relay_options(given, forward)
+            except ValueError as error:
+                self._errors.append(f"{self._file}: [{where}] {error}")
+        return RelayOptions()
+
+    def _status(self, table: Any) -> StatusConfig | None:
+        if not isinstance(table, dict):
+            self._wrong("", "status", "a table", table)
+            return None
+        table = self._known(table, "status", [each.name for each in attrs.fields(StatusConfig)])
+        right = "an endpoint such as 'tcp:8081:interface=127.0.0.1'"
+        listen = self._value("status", table, "listen", right, _text, None)
+        if "listen" not in table:
+            self._wrong("status", "listen", right, None)
+        show = self._value("status", table, "show_peers", "true or false", _flag, False)
+        hosts = self._value("status", table, "hosts", "a host name, or several", _texts, ())
+        return StatusConfig(listen, show, hosts)
+
+    def _tables(self, document: Mapping[str, Any], key: str) -> dict[str, Mapping[str, Any]]:
+        tables = document.get(key, {})
+        if not isinstance(tables, dict):
+            self._wrong("", key, "tables", tables)
+            return {}
+        found: dict[str, Mapping[str, Any]] = {}
+        for name, table in tables.items():
+            if isinstance(table, dict) and name:
+                found[name] = table
+            else:
+                self._wrong(key, name, "a table with a name", table)
+        return found
+
+    def _known(self, table: Mapping[str, Any], where: str, keys: list[str]) -> dict[str, Any]:
+        for key in table:
+            if key not in keys:
+                nearest = difflib.get_close_matches(key, keys, 1)
+                hint = f"did you mean {nearest[0]}?" if nearest else f"there are {', '.join(keys)}"
+                self._errors.append(f"{self._file}: {_place(where)}{key} is not known; {hint}")
+        return {key: value for key, value in table.items() if key in keys}
+
+    def _value(
+        self,
+        where: str,
+        table: Mapping[str, Any],
+        key: str,
+        right: str,
+        convert: Callable[[Any], Any],
+        default: Any,
+    ) -> Any:
+        if key not in table:
+            return default
+        try:
+            return convert(table[key])
+        except (TypeError, ValueError):
+            self._wrong(where, key, right, table[key])
+            return default
+
+    def _wrong(self, where: str, key: str, right: str, value: object) -> None:
+        was = "and is missing" if value is None else f"not {shown(value)}"
+        self._errors.append(f"{self._file}: {_place(where)}{key} must be {right}, {was}")
+
+
+def _one_line(text: str) -> str:
+    return "".join(each if each.isprintable() else repr(each)[1:-1] for each in text)
+
+
+def _place(where: str) -> str:
+    return f"[{where}] " if where else ""
+
+
+def _drain(value: Any) -> float:
+    if isinstance(value, str):
+        value = seconds(value)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
+        raise ValueError
+    return value
+
+
+def _at_least_one(value: Any) -> float:
+    value = _drain(value)
+    if value < 1:
+        raise ValueError
+    return float(value)
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str) or not value:
+        raise ValueError
+    return value
+
+
+def _texts(value: Any) -> tuple[str, ...]:
+    if isinstance(value, str):
+        value = [value]
+    if not isinstance(value, list) or not value:
+        raise ValueError
+    return tuple(_text(each) for each in value)
+
+
+def _flag(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError
+    return value
+
+
+def _processes(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MOST_PROCESSES:
+        raise ValueError
+    return value
+
+
+def _one_of(choices: tuple[str, ...]) -> Callable[[Any], str]:
+    def convert(value: Any) -> str:
+        if not isinstance(value, str) or value not in choices:
+            raise ValueError
+        return value
+
+    return convert

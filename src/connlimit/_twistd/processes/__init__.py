@@ -1,0 +1,3 @@
+"""
+A program that is several processes: a parent and its workers.
+"""

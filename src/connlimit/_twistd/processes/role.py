@@ -1,0 +1,111 @@
+"""
+What a process does for itself when it is the only one, and what is done otherwise by a parent or a worker.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+from twisted.application.service import IService
+
+from connlimit._limiter.limiter import Limiter
+from connlimit._limiter.settings import Settings
+from connlimit.shared.by_url import shared_limits
+
+if TYPE_CHECKING:
+    from connlimit._twistd.program import Program
+
+
+class Alone:
+    """
+    The part of the only process of a program. A parent and its workers differ from it in what they override.
+
+    :ivar serves: whether connections are served in this process.
+    :ivar shows: whether the status page and the hints are shown by this process.
+    :ivar reads: whether this process reads the configuration file itself.
+    """
+
+    serves = True
+    shows = True
+    reads = True
+
+    def limiter(self, settings: Mapping[str, Any], shared: str | None) -> Limiter:
+        """
+        A limiter with these settings.
+
+        :param shared: the URL of the Redis by which ``max_connections`` is shared, or None.
+        """
+        return Limiter(**settings, limits=shared_limits(shared, Settings().evolve(dict(settings))))
+
+    def continued(self, name: str, limiters: list[Limiter]) -> Limiter | None:
+        """
+        Which of the limiters of that name goes on when the file is read again.
+        """
+        return next(iter(limiters), None)
+
+    def is_over(self, limiter: Limiter) -> bool:
+        """
+        Whether a limiter that is no more in the configuration can be forgotten.
+        """
+        now = limiter.snapshot()
+        return not (now.active or now.waiting or now.exempt)
+
+    def forget(self, limiter: Limiter) -> None:
+        """
+        A limiter is no more.
+        """
+
+    def watched(self, program: Program) -> Any:
+        """
+        What has the limiters that are shown.
+        """
+        return program
+
+    def listening(self) -> AbstractContextManager[list[int]]:
+        """
+        The context in which ports are opened; it has the numbers of those that another process has opened.
+        """
+        return nullcontext([])
+
+    def are_open(self, ports: Iterable[int]) -> bool:
+        """
+        Whether these ports of another process are still open.
+        """
+        return True
+
+    def plugin(self, service: IService) -> IService:
+        """
+        What is run of the service of a plugin.
+        """
+        return service
+
+    def catch_signals(self, reactor: Any) -> None:
+        """
+        Make SIGTERM an order to stop that is carried out with exit code 0; a second one ends the process.
+
+        Twisted's own handler stops as well, but then lets the process die of the signal.
+        """
+
+        def stop(number: int, frame: object) -> None:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            reactor.callFromThread(reactor.stop)
+
+        signal.signal(signal.SIGTERM, stop)
+
+    async def start(self, program: Program) -> None:
+        """
+        Do what remains to be done until the program is ready.
+        """
+
+    def reload(self, program: Program, text: str) -> None:
+        """
+        The program may have changed: it listens elsewhere, or runs what another text of the file says.
+        """
+
+    async def stop(self, program: Program) -> None:
+        """
+        The program has stopped to listen.
+        """

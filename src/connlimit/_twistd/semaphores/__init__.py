@@ -1,0 +1,3 @@
+"""
+``twistd connlimit-semaphores``.
+"""

@@ -1,0 +1,3 @@
+"""
+What can be limited by a command line or a file.
+"""

@@ -1,0 +1,138 @@
+"""
+Lists, sets and resets the limits that processes share: ``connlimit-shared``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from twisted.internet.defer import Deferred, ensureDeferred
+from twisted.internet.task import react
+
+from connlimit._system.version import __version__
+from connlimit.shared.by_url import read_url, renamed
+
+if TYPE_CHECKING:
+    from connlimit._redis.address import RedisAddress
+
+_TIMEOUT = 5  # seconds
+
+
+class _Parser(argparse.ArgumentParser):
+    """
+    A parser that says what is wrong in one sentence, as our other programs do.
+    """
+
+    def error(self, message: str) -> NoReturn:
+        """
+        Exit with the sentence.
+        """
+        self.exit(2, f"connlimit-shared: {message}\n")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """
+    Carry out what the command line says.
+
+    Exits with 0; with 1 if Redis does not answer; with 2 if the command line is wrong, or txredisapi missing.
+    """
+    parser = _Parser(prog="connlimit-shared", description=__doc__)
+    parser.add_argument("--url", default="redis://localhost", help="that of the Redis (%(default)s)")
+    parser.add_argument("--url-file", metavar="FILE", help="a file that has it, and its password, instead")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    orders = parser.add_subparsers(dest="order", required=True)
+    orders.add_parser("list", help="who holds how many slots of which limit")
+    order = orders.add_parser("set", help="change a limit for all processes at once")
+    order.add_argument("name", metavar="NAME")
+    order.add_argument("slots", metavar="N")
+    order = orders.add_parser(
+        "reset", help="forget all that Redis knows of a limit; each process says it again"
+    )
+    order.add_argument("name", metavar="NAME")
+    options = parser.parse_args(arguments)
+    if options.order == "set" and not options.slots.isdecimal():
+        parser.error(f"N must be a whole number, 0 or more, not {options.slots!r}")
+    if options.order != "list" and not options.name:
+        parser.error("NAME must be that of a limit, not ''")
+    try:
+        from connlimit._redis.address import RedisAddress
+
+        if options.url_file is not None:
+            options.url = read_url(options.url_file, lambda _: "--url-file")
+        address = RedisAddress.from_url(options.url)
+    except ImportError:
+        parser.error("this needs txredisapi: pip install 'connlimit[redis]'")
+    except ValueError as error:
+        parser.error(renamed(error, "--url"))
+    react(lambda reactor: ensureDeferred(_carry_out(reactor, options, address)))
+
+
+async def _carry_out(reactor: Any, options: argparse.Namespace, address: RedisAddress) -> None:
+    from connlimit._redis.client import describe
+    from connlimit.shared.redis_limit import keys_of, set_slots
+
+    try:
+        redis = await _soon(reactor, Deferred.fromCoroutine(address.connector(reactor)()))
+        if options.order == "list":
+            for line in await _lines(reactor, redis):
+                print(line)
+        elif options.order == "set":
+            await _soon(reactor, set_slots(redis, options.name, int(options.slots)))
+        else:
+            await _soon(reactor, redis.delete(keys_of(options.name)))
+    except Exception as error:
+        print(
+            f"connlimit-shared: Redis at {address} cannot be used: {describe(error)}",
+            file=sys.stderr,
+        )
+        raise SystemExit(1) from None
+
+
+async def _soon(reactor: Any, deferred: Deferred[Any]) -> Any:
+    return await deferred.addTimeout(_TIMEOUT, reactor)
+
+
+async def _lines(reactor: Any, redis: Any) -> list[str]:
+    """
+    The limits and their members, a line each.
+    """
+    from connlimit.shared.redis_limit import LEASE, PREFIX, SLOTS, keys_of
+
+    names = set()
+    cursor: Any = 0
+    while True:
+        # A page at a time: Redis does nothing else meanwhile.
+        cursor, keys = await _soon(reactor, redis.scan(cursor, f"{PREFIX}:{{*}}:*", 1000))
+        for key in map(str, keys):
+            for kind in (LEASE, SLOTS):
+                if key.endswith(f"}}:{kind}"):
+                    names.add(key[len(PREFIX) + 2 : -len(kind) - 2])
+        if int(cursor) == 0:
+            break
+    lines = []
+    for name in sorted(names):
+        lease, slots = keys_of(name)
+        slots = await _soon(reactor, redis.get(slots))
+        members = {
+            str(member): json.loads(record)
+            for member, record in (await _soon(reactor, redis.hgetall(lease))).items()
+        }
+        about = members.pop("about", {})
+        total = sum(member["held"] for member in members.values())
+        line = f"{name}: {total} of {'its own setting' if slots is None else slots} held"
+        if about.get("outlived"):
+            line += f", connections that have outlived their lease: {about['outlived']}"
+        lines.append(line)
+        for member in sorted(members):
+            record = members[member]
+            wants = ", asks for more" if record["turn"] else ""
+            lines.append(f"  {member}: {record['held']}, {record['in_use']} in use{wants}")
+    return lines
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,146 @@
+"""
+The status of limiters in a terminal: ``connlimit-top URL``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Sequence
+from http.client import HTTPException
+from typing import Any
+from urllib.error import HTTPError
+from urllib.request import urlopen
+
+from connlimit._system.version import __version__
+
+_BAR = 30
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """
+    Show the status again and again, or once.
+
+    :return: the exit code.
+    """
+    parser = argparse.ArgumentParser(prog="connlimit-top", description=__doc__)
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    parser.add_argument("url", help="that of a status page, such as http://127.0.0.1:8081/")
+    parser.add_argument("--once", action="store_true", help="show it once")
+    parser.add_argument("--json", action="store_true", help="show it as JSON, a line each time")
+    parser.add_argument(
+        "--interval", type=_interval, default=1.0, metavar="SECONDS", help="between two looks (default: 1)"
+    )
+    options = parser.parse_args(arguments)
+    try:
+        return _show(options)
+    except KeyboardInterrupt:
+        return 0
+    except BrokenPipeError:
+        # Nobody reads any more; what is left must not be written when Python ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _show(options: argparse.Namespace) -> int:
+    clear = "" if options.once or options.json or not sys.stdout.isatty() else "\x1b[H\x1b[J"
+    has_answered, is_waiting = False, False
+    while True:
+        try:
+            state = fetch(options.url)
+        except (OSError, ValueError, HTTPException) as error:
+            is_wrong = isinstance(error, (HTTPError, ValueError)) and not has_answered
+            if options.once or is_wrong:
+                _say(f"URL must be that of a status page, not {options.url!r}: {error}")
+                return 1
+            if not is_waiting:
+                is_waiting = True
+                _say(f"no answer from {options.url}: {error}; trying again")
+        else:
+            if is_waiting:
+                is_waiting = False
+                _say(f"{options.url} answers")
+            has_answered = True
+            print(clear + (json.dumps(state) if options.json else "\n".join(lines(state))), flush=True)
+            if options.once:
+                return 0
+        time.sleep(options.interval)
+
+
+def _say(what: str) -> None:
+    print(f"connlimit-top: {_printable(what)}", file=sys.stderr)
+
+
+def _interval(text: str) -> float:
+    try:
+        value = float(text)
+        if 0 < value < math.inf:
+            return value
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"must be a number of seconds above 0, not {text!r}")
+
+
+def fetch(url: str) -> dict[str, Any]:
+    """
+    What the status page at this URL tells.
+
+    :raises OSError: if there is no answer.
+    :raises ValueError: if it is something else.
+    """
+    with urlopen(url.rstrip("/") + "/status.json", timeout=10) as response:
+        state = json.load(response)
+    if not isinstance(state, dict) or "limiters" not in state:
+        raise ValueError("this is something else")
+    return state
+
+
+def lines(state: dict[str, Any]) -> list[str]:
+    """
+    The status as lines of text.
+    """
+    shown = []
+    for limiter in state["limiters"]:
+        shown.append(_printable(limiter["name"]) + (" (draining)" if limiter["draining"] else ""))
+        shown.append(_bar("served", limiter["active"], limiter["max_connections"]))
+        shown.append(_bar("waiting", limiter["waiting"], limiter["max_waiting"]))
+        waits = "  ".join(f"{name} {value:.2f} s" for name, value in limiter["percentiles"].items())
+        shown.append(f"  waits    longest now {limiter['longest_wait']:.2f} s  {waits}")
+        refused = ", ".join(f"{count} {reason}" for reason, count in limiter["refused"].items() if count)
+        shown.append(
+            f"  so far   {limiter['accepted']} accepted  {limiter['finished']} finished  "
+            f"{limiter['departed']} departed  refused: {refused or 'none'}"
+        )
+        for peer in limiter.get("peers", [])[:5]:
+            shown.append(
+                f"  peer     {_printable(peer['peer']):40} {peer['active']} served  {peer['waiting']} waiting"
+            )
+        shown.append("")
+    descriptors = state["descriptors"]
+    shown.append(
+        f"descriptors {descriptors['open']} of {descriptors['limit']}   "
+        f"reactor lag {state['reactor_lag'] * 1000:.0f} ms   "
+        f"connlimit {_printable(str(state.get('version', '')))}"
+    )
+    return shown
+
+
+def _bar(word: str, value: int, most: int | None) -> str:
+    filled = 0 if not most else round(_BAR * min(1.0, value / most))
+    of = "no limit" if most is None else f"of {most}"
+    return f"  {word:8} [{'#' * filled}{'.' * (_BAR - filled)}] {value} {of}"
+
+
+def _printable(text: str) -> str:
+    """
+    The text without what would command a terminal.
+    """
+    return "".join(character if character.isprintable() else "?" for character in text)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
