@@ -7,7 +7,6 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Iterator
-from importlib.util import find_spec
 from pathlib import Path
 
 import attrs
@@ -124,26 +123,33 @@ def _logged(file: Path) -> Iterator[tuple[str, str]]:
 
 class HouseDirective(SphinxDirective):
     """
-    The layers of modules, and what each module is for, in the words of its own first sentence.
+    The rooms from the top, and what each module is for, in the words of its own first sentence.
     """
 
     def run(self) -> list[nodes.Node]:
+        contracts = document(Path(__file__).parents[2] / "pyproject.toml")["tool"]["importlinter"][
+            "contracts"
+        ]
+        source = Path(connlimit.__file__).parent
         lines = []
-        for layer in document(Path(__file__).parents[1] / "architecture.toml")["layer"]:
-            lines += [
-                f"**{layer['name']}.** {layer['about']}",
-                "",
-                ".. list-table::",
-                "   :widths: 30 70",
-                "",
-            ]
-            for name in layer["modules"]:
-                module = "connlimit" if name == "connlimit" else f"connlimit.{name}"
-                file = find_spec(module).origin
-                text = ast.get_docstring(ast.parse(Path(file).read_text())).split("\n\n")[0]
-                lines += [f"   * - ``{name}``", f"     - {' '.join(text.split())}"]
-            lines.append("")
+        for layer in next(each["layers"] for each in contracts if each["type"] == "layers"):
+            for room in layer.split(" | "):
+                package = source / room
+                file = package / "__init__.py" if package.is_dir() else source / f"{room}.py"
+                lines += [f"**{room}.** {_first_sentence(file)}", ""]
+                modules = sorted(each for each in package.rglob("*.py") if each.name != "__init__.py")
+                if modules:
+                    lines += [".. list-table::", "   :widths: 30 70", ""]
+                for module in modules:
+                    name = ".".join(module.relative_to(package).with_suffix("").parts)
+                    lines += [f"   * - ``{name}``", f"     - {_first_sentence(module)}"]
+                lines.append("")
         return self.parse_text_to_nodes("\n".join(lines))
+
+
+def _first_sentence(file: Path) -> str:
+    text = ast.get_docstring(ast.parse(file.read_text()))
+    return " ".join(text.split("\n\n")[0].split())
 
 
 class KindsDirective(SphinxDirective):

@@ -1,18 +1,74 @@
 """
-The interfaces by which connlimit is extended: limits, lines, refusals and observers.
+What occupants, limits, orders, refusals and observers are to each other, and what a limiter tells of itself.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Generator, Hashable, Mapping
+from typing import Any
 
+import attrs
 from twisted.internet.defer import Deferred
 from twisted.internet.interfaces import IAddress, IProtocol, IProtocolFactory
 from zope.interface import Attribute, Interface
 
-if TYPE_CHECKING:
-    from connlimit._limiter.limiter import Limiter
+FULL = "full"
+TIMEOUT = "timeout"
+PEER = "peer"
+DESCRIPTORS = "descriptors"
+DRAINING = "draining"
+
+#: Why a connection can be refused.
+REASONS = (FULL, TIMEOUT, PEER, DESCRIPTORS, DRAINING)
+
+
+@attrs.frozen
+class Snapshot:
+    """
+    What a limiter has done since it was made, and what it holds now.
+
+    ``accepted`` is always ``active + waiting + finished + departed`` and all of ``refused``; the exempt are
+    counted apart.
+
+    :ivar settings: the settings in force.
+    :ivar active: connections that hold a slot.
+    :ivar waiting: connections in the line.
+    :ivar accepted: connections the limiter was asked about.
+    :ivar served: connections that got a slot, at once or after a wait.
+    :ivar finished: connections that were served and are over.
+    :ivar departed: clients that went away while they waited.
+    :ivar refused: connections turned away, by reason.
+    :ivar longest_wait: seconds that the first of the line has waited; 0.0 if nobody waits.
+    :ivar waits: connections that were served after a wait.
+    :ivar wait_seconds: how long these have waited, all together.
+    :ivar reclaimed: of the finished, those whose protocol was not told of the end of its socket.
+    :ivar idle_closed: connections that were closed because they were idle while others waited.
+    :ivar exempt: exempt connections that are served now.
+    :ivar exempted: exempt connections so far.
+    :ivar backlog: connections that the kernel has accepted and we have not, on all ports; None if it does
+        not tell.
+    :ivar draining: whether the limiter is being drained.
+    :ivar dry_run: in a dry run, what would have happened without it; None otherwise.
+    """
+
+    settings: Any
+    active: int
+    waiting: int
+    accepted: int
+    served: int
+    finished: int
+    departed: int
+    refused: Mapping[str, int]
+    longest_wait: float
+    waits: int
+    wait_seconds: float
+    reclaimed: int
+    idle_closed: int
+    exempt: int
+    exempted: int
+    backlog: int | None
+    draining: bool
+    dry_run: Snapshot | None
 
 
 class IConnection(Interface):
@@ -257,6 +313,69 @@ class ISlotKeeper(Interface):
         """
 
 
+class ILimiter(Interface):
+    """
+    What a limiter tells of itself: one of this process, or those of one name in all workers as one.
+    """
+
+    name: str = Attribute("What it is called where it is shown.")
+    settings: Any = Attribute("The settings in force.")
+    limits: Any = Attribute("The further limits that it was given.")
+    clock: Any = Attribute("Where its time comes from; it provides `IReactorTime`.")
+    active: int = Attribute("How many connections hold a slot.")
+    waiting: int = Attribute("How many connections wait in the line.")
+
+    def snapshot() -> Snapshot:
+        """
+        Every counter and gauge, at this instant.
+        """
+
+    def has_room() -> bool:
+        """
+        Whether one more would be served at once.
+        """
+
+    def limited_by(reason: str = FULL, connection: IConnection | None = None) -> str:
+        """
+        In words, which limit makes connections wait now, or why one was refused.
+
+        :param reason: why.
+        :param connection: which.
+        """
+
+    def first_waiting(count: int) -> list[tuple[IAddress, float]]:
+        """
+        The addresses of those who have waited longest, each with how many seconds.
+        """
+
+    def busiest_peers(count: int) -> list[tuple[Hashable, int, int]]:
+        """
+        The peers with the most connections: each with how many are active and how many wait. Looks at all.
+        """
+
+    def find_busiest_peers(count: int) -> Generator[None, None, list[tuple[Hashable, int, int]]]:
+        """
+        `busiest_peers` in steps, each of which looks at a part.
+        """
+
+    def add_observer(observer: ILimiterObserver) -> None:
+        """
+        Tell an observer what happens from now on.
+        """
+
+    def remove_observer(observer: ILimiterObserver) -> None:
+        """
+        Tell an observer nothing more.
+        """
+
+    def drain(timeout: float | None = None) -> Deferred[None]:
+        """
+        Refuse those who wait, and wait for those who are served.
+
+        :param timeout: seconds until the rest is closed; None for never.
+        """
+
+
 class ILimiterObserver(Interface):
     """
     Whoever watches limiters: metrics, log, status page.
@@ -265,43 +384,43 @@ class ILimiterObserver(Interface):
     `connlimit.observers.LimiterObserver` has all methods, doing nothing.
     """
 
-    def exempted(limiter: Limiter, connection: IConnection) -> None:
+    def exempted(limiter: ILimiter, connection: IConnection) -> None:
         """
         The connection is exempt and is served without a slot.
         """
 
-    def waiting(limiter: Limiter, connection: IConnection) -> None:
+    def waiting(limiter: ILimiter, connection: IConnection) -> None:
         """
         The connection has joined the line.
         """
 
-    def served(limiter: Limiter, connection: IConnection, waited: float) -> None:
+    def served(limiter: ILimiter, connection: IConnection, waited: float) -> None:
         """
         The connection has got a slot.
 
         :param waited: seconds in the line; 0.0 if there was room at once.
         """
 
-    def finished(limiter: Limiter, connection: IConnection) -> None:
+    def finished(limiter: ILimiter, connection: IConnection) -> None:
         """
         The connection is over and its slot is free.
         """
 
-    def refused(limiter: Limiter, connection: IConnection, reason: str) -> None:
+    def refused(limiter: ILimiter, connection: IConnection, reason: str) -> None:
         """
         The connection was turned away.
 
         :param reason: ``full``, ``timeout``, ``peer``, ``descriptors`` or ``draining``.
         """
 
-    def departed(limiter: Limiter, connection: IConnection, waited: float) -> None:
+    def departed(limiter: ILimiter, connection: IConnection, waited: float) -> None:
         """
         The client went away while it waited.
 
         :param waited: seconds in the line.
         """
 
-    def reconfigured(limiter: Limiter, changes: dict[str, tuple[Any, Any]]) -> None:
+    def reconfigured(limiter: ILimiter, changes: dict[str, tuple[Any, Any]]) -> None:
         """
         Settings have changed.
 

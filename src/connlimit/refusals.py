@@ -19,16 +19,7 @@ from twisted.internet.protocol import Protocol
 from zope.interface import implementer
 
 from connlimit._system.sockets import abort, can_half_close
-from connlimit.interfaces import IRefusal
-
-FULL = "full"
-TIMEOUT = "timeout"
-PEER = "peer"
-DESCRIPTORS = "descriptors"
-DRAINING = "draining"
-
-#: Why a connection can be refused.
-REASONS = (FULL, TIMEOUT, PEER, DESCRIPTORS, DRAINING)
+from connlimit.interfaces import DESCRIPTORS, DRAINING, FULL, PEER, TIMEOUT, IRefusal
 
 #: Seconds after which a refused connection that is not over is aborted.
 LINGER = 5.0

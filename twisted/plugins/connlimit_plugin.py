@@ -24,7 +24,16 @@ class _EndpointParser:
         """
         from connlimit._listening.endpoint_string import from_arguments
 
-        return from_arguments(reactor, args, kwargs)
+        return from_arguments(reactor, args, kwargs, _shown)
+
+
+def _shown(endpoint: IStreamServerEndpoint, status: str, reactor: object) -> IStreamServerEndpoint:
+    """
+    An endpoint that has a status page beside it.
+    """
+    from connlimit.status.in_code import ShownEndpoint
+
+    return ShownEndpoint(endpoint, status, reactor)
 
 
 connlimit = ServiceMaker(

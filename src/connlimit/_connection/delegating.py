@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache, lru_cache, partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
+from typing import Protocol as TypingProtocol
 
 from twisted.internet.address import UNIXAddress
 from twisted.internet.interfaces import (
+    IAddress,
     IFileDescriptorReceiver,
     IHalfCloseableProtocol,
     IHandshakeListener,
@@ -27,13 +29,11 @@ from zope.interface import implementer, providedBy
 from connlimit._connection import departures
 from connlimit._connection.at_rest import close, is_at_rest, is_producing
 from connlimit._connection.closing import MOST, QUIET, Patience
+from connlimit._limiter.limiter import Limiter
 from connlimit._limiter.peers import UNIXPeer
 from connlimit._system import descriptors, sockets
+from connlimit._system.bounded_log import BoundedLog
 from connlimit.interfaces import IConnection, ISlotKeeper
-
-if TYPE_CHECKING:
-    from connlimit._connection.factory import LimitingFactory
-
 
 #: How many pieces are kept that a transport delivers although it is paused.
 _MOST_KEPT = 64
@@ -47,6 +47,25 @@ def _wrapper_called(name: str) -> type[ProtocolWrapper]:
     The class of wrappers by another name.
     """
     return type(name, (ProtocolWrapper,), {})
+
+
+class IFactory(TypingProtocol):
+    """
+    What a connection needs of the factory that made it: `connlimit.LimitingFactory` has it.
+    """
+
+    limiter: Limiter
+    wrappedFactory: Any
+    connection_log: BoundedLog
+    is_tls: bool
+
+    def first_protocol(self, connection: DelegatingProtocol) -> IProtocol | None: ...
+
+    def learn_from(self, protocol: IProtocol | None) -> None: ...
+
+    def departs_on_half_close(self) -> bool: ...
+
+    def build_refusal(self, address: IAddress, reason: str) -> IProtocol | None: ...
 
 
 @implementer(IConnection, IProtocol, ILoggingContext)
@@ -85,7 +104,7 @@ class DelegatingProtocol:  # type: ignore[misc]  # connectionMade is for makeCon
         "wrappedProtocol",
     )
 
-    factory: LimitingFactory
+    factory: IFactory
     address: Any
     # Any: what these two provide depends on the transport and on the delegate.
     transport: Any

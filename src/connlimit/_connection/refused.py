@@ -18,8 +18,8 @@ from connlimit._limiter.limiter import Limiter
 from connlimit._system import descriptors
 from connlimit._system.bounded_log import BoundedLog
 from connlimit._system.sockets import abort, lowest, unsent
-from connlimit.interfaces import IRefusing
-from connlimit.refusals import DESCRIPTORS, LINGER
+from connlimit.interfaces import DESCRIPTORS, IRefusing
+from connlimit.refusals import LINGER
 
 _log = BoundedLog(Logger())
 

@@ -5,18 +5,14 @@ Waiting for active connections to end, and closing what is left in time.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
 from weakref import WeakSet
 
 from twisted.internet.defer import Deferred
 from twisted.internet.interfaces import IDelayedCall
 from twisted.logger import Logger
 
-from connlimit.interfaces import IConnection, IRefusing
+from connlimit.interfaces import IConnection, ILimiter, IRefusing
 from connlimit.observers import LimiterObserver
-
-if TYPE_CHECKING:
-    from connlimit._limiter.limiter import Limiter
 
 _LOOK_INTERVAL = 1.0  # seconds
 
@@ -35,7 +31,7 @@ class Drain(LimiterObserver):
     _log = Logger()
 
     def __init__(
-        self, limiter: Limiter, remaining: Iterable[IConnection], refusals: Iterable[IRefusing]
+        self, limiter: ILimiter, remaining: Iterable[IConnection], refusals: Iterable[IRefusing]
     ) -> None:
         self._limiter = limiter
         self._remaining = WeakSet(remaining)
@@ -63,7 +59,7 @@ class Drain(LimiterObserver):
         self._look()
         return self._done
 
-    def finished(self, limiter: Limiter, connection: IConnection) -> None:
+    def finished(self, limiter: ILimiter, connection: IConnection) -> None:
         """
         See `ILimiterObserver.finished`.
         """

@@ -7,18 +7,15 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from weakref import ref
 
 from twisted.internet.interfaces import IDelayedCall
 from twisted.logger import Logger
 
 from connlimit._limiter.inert import Inert
-from connlimit.interfaces import IConnection
+from connlimit.interfaces import IConnection, ILimiter, Snapshot
 from connlimit.observers import LimiterObserver
-
-if TYPE_CHECKING:
-    from connlimit._limiter.limiter import Limiter, Snapshot
 
 _REPORT_INTERVAL = 60.0  # seconds
 
@@ -37,7 +34,7 @@ class DryRun(LimiterObserver):
 
     _log = Logger()
 
-    def __init__(self, limiter: Limiter, shadow: Limiter) -> None:
+    def __init__(self, limiter: ILimiter, shadow: Any) -> None:
         """
         :param limiter: serves everybody.
         :param shadow: a limiter with the same settings that nobody else uses.
@@ -55,7 +52,8 @@ class DryRun(LimiterObserver):
         What would have happened so far.
         """
         self._forget_collected()
-        return self._shadow.snapshot()
+        would: Snapshot = self._shadow.snapshot()
+        return would
 
     @staticmethod
     def tried_out(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -97,7 +95,7 @@ class DryRun(LimiterObserver):
                 suggestion=suggestion,
             )
 
-    def served(self, limiter: Limiter, connection: IConnection, waited: float) -> None:
+    def served(self, limiter: ILimiter, connection: IConnection, waited: float) -> None:
         """
         See `ILimiterObserver.served`.
         """
@@ -110,7 +108,7 @@ class DryRun(LimiterObserver):
         if self._timer is None:
             self._timer = limiter.clock.callLater(_REPORT_INTERVAL, self._minute_over)
 
-    def finished(self, limiter: Limiter, connection: IConnection) -> None:
+    def finished(self, limiter: ILimiter, connection: IConnection) -> None:
         """
         See `ILimiterObserver.finished`.
         """

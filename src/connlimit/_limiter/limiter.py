@@ -48,7 +48,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, OrderedDict
-from collections.abc import Collection, Generator, Hashable, Iterable, Mapping
+from collections.abc import Collection, Generator, Hashable, Iterable
 from functools import partial
 from operator import itemgetter
 from types import MappingProxyType
@@ -59,6 +59,7 @@ import attrs
 from twisted.internet.defer import Deferred, maybeDeferred
 from twisted.internet.interfaces import IAddress, IDelayedCall, IReactorTime
 from twisted.logger import Logger
+from zope.interface import implementer
 
 from connlimit._limiter.drain import Drain
 from connlimit._limiter.dry_run import DryRun
@@ -66,22 +67,28 @@ from connlimit._limiter.inert import Inert
 from connlimit._limiter.peers import busiest, exhausted, peer_key
 from connlimit._limiter.queue import Fifo, Keys, Line, new_order
 from connlimit._limiter.settings import Settings, adjustable
-from connlimit._log import LimiterLog
 from connlimit._system import descriptors
 from connlimit._system.bounded_log import BoundedLog
 from connlimit._system.clock import ReactorClock, clock_of
 from connlimit.interfaces import (
+    DESCRIPTORS,
+    DRAINING,
+    FULL,
+    PEER,
+    REASONS,
+    TIMEOUT,
     IConnection,
     IKeyedLimit,
     ILimit,
+    ILimiter,
     ILimiterObserver,
     IPort,
     IRefusing,
     IRefusingLimit,
+    Snapshot,
 )
 from connlimit.limits import All, PerPeer, Rate
-from connlimit.observers import hears
-from connlimit.refusals import DESCRIPTORS, DRAINING, FULL, PEER, REASONS, TIMEOUT
+from connlimit.observers import LimiterLog, hears
 
 _AUDIT_INTERVAL = 1.0  # seconds
 _RATE_WINDOW = 10.0  # seconds
@@ -91,55 +98,7 @@ _LEAST_DELAY = 0.01  # seconds between two looks at who has waited too long
 _REFUSED_AT_ONCE = 100
 
 
-@attrs.frozen
-class Snapshot:
-    """
-    What a limiter has done since it was made, and what it holds now.
-
-    ``accepted`` is always ``active + waiting + finished + departed`` and all of ``refused``; the exempt are
-    counted apart.
-
-    :ivar settings: the settings in force.
-    :ivar active: connections that hold a slot.
-    :ivar waiting: connections in the line.
-    :ivar accepted: connections the limiter was asked about.
-    :ivar served: connections that got a slot, at once or after a wait.
-    :ivar finished: connections that were served and are over.
-    :ivar departed: clients that went away while they waited.
-    :ivar refused: connections turned away, by reason.
-    :ivar longest_wait: seconds that the first of the line has waited; 0.0 if nobody waits.
-    :ivar waits: connections that were served after a wait.
-    :ivar wait_seconds: how long these have waited, all together.
-    :ivar reclaimed: of the finished, those whose protocol was not told of the end of its socket.
-    :ivar idle_closed: connections that were closed because they were idle while others waited.
-    :ivar exempt: exempt connections that are served now.
-    :ivar exempted: exempt connections so far.
-    :ivar backlog: connections that the kernel has accepted and we have not, on all ports; None if it does
-        not tell.
-    :ivar draining: whether the limiter is being drained.
-    :ivar dry_run: in a dry run, what would have happened without it; None otherwise.
-    """
-
-    settings: Settings
-    active: int
-    waiting: int
-    accepted: int
-    served: int
-    finished: int
-    departed: int
-    refused: Mapping[str, int]
-    longest_wait: float
-    waits: int
-    wait_seconds: float
-    reclaimed: int
-    idle_closed: int
-    exempt: int
-    exempted: int
-    backlog: int | None
-    draining: bool
-    dry_run: Snapshot | None
-
-
+@implementer(ILimiter)
 @adjustable
 class Limiter:
     """

@@ -5,7 +5,7 @@ The endpoint string ``connlimit:``, which puts a limiter before any other endpoi
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -23,6 +23,9 @@ from connlimit.shared.by_url import shared_limits
 # In a string a limiter's name is given as ``limiter``: ``name`` can be an argument of the inner endpoint.
 _SETTINGS = tuple(name for name in FIELDS if name != "name")
 
+#: Puts a status page beside an endpoint: takes it, the endpoint string of the page, and the reactor.
+Shown = Callable[[Any, str, Any], Any]
+
 # All that is ours in a string.
 _OURS = (*_SETTINGS, "limiter", "place", "when_full", "shared", "status")
 
@@ -37,13 +40,14 @@ _limiters: WeakValueDictionary[str, Limiter] = WeakValueDictionary()
 
 
 def from_arguments(
-    reactor: Any, positional: Sequence[object], keywords: Mapping[str, object]
+    reactor: Any, positional: Sequence[object], keywords: Mapping[str, object], shown: Shown
 ) -> LimitingEndpoint:
     """
     The endpoint for the arguments of a ``connlimit:`` string, already split and unquoted.
 
     Our settings are taken out by their names; all the rest is the inner endpoint's.
 
+    :param shown: puts a status page beside an endpoint.
     :raises ValueError: if a setting is wrong, nothing would be limited, or the rest is no endpoint.
     """
     inner = {key: str(value) for key, value in keywords.items()}
@@ -67,9 +71,7 @@ def from_arguments(
         else:
             endpoint = _inner(reactor, description)
         if status is not None:
-            from connlimit.status.in_code import ShownEndpoint
-
-            endpoint = ShownEndpoint(endpoint, status, reactor)
+            endpoint = shown(endpoint, status, reactor)
         make = SocketLimitingEndpoint if place == "socket" else LimitingEndpoint
         return make(endpoint, limiter, when_full)
     except ValueError as error:

@@ -18,7 +18,7 @@ from twisted.internet.interfaces import IStreamClientEndpoint
 from connlimit._redis.client import connect
 from connlimit._redis.sentinel import SentinelEndpoint
 from connlimit._system.files import contents
-from connlimit.shared.by_url import masked
+from connlimit._system.urls import masked
 
 _TIMEOUT = 2  # seconds until a connection is there
 

@@ -14,9 +14,9 @@ from twisted.internet.task import LoopingCall
 from twisted.logger import Logger
 
 from connlimit._limiter.limiter import Limiter
-from connlimit._log import ConnectionLog, LimiterLog
 from connlimit._system import descriptors, systemd
 from connlimit._twistd.processes.role import Alone
+from connlimit.observers import ConnectionLog, LimiterLog
 from connlimit.shared.by_url import close
 
 _log = Logger()

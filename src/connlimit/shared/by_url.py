@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from connlimit._limiter.settings import Settings
+from connlimit._system.urls import masked
 from connlimit.interfaces import ILimit
 
 _OF_SEMAPHORES = ("http:", "https:")
@@ -66,23 +67,6 @@ def read_url(file: str, spell: Callable[[str], str] = str) -> str:
     if not lines or not lines[0].strip():
         raise ValueError(f"{spell('shared_file')} must be a file with a URL in its first line, not {file!r}")
     return lines[0].strip()
-
-
-def masked(url: str) -> str:
-    """
-    A URL, perhaps a mistyped one, as it can be shown: without whatever may be a password.
-    """
-    head, scheme, rest = re.split(r"^([A-Za-z][A-Za-z0-9+.-]*:/*|/*)", url, maxsplit=1)
-    where, mark, query = rest.partition("?")
-    if "@" in rest:
-        mask, at = "***@", rest.rindex("@") + 1
-        where, mark, query = rest[at:].partition("?")
-    else:
-        mask = ""
-    if "[" not in where:
-        where = re.sub(r":(?!\d*([/,]|$))[^/]*", ":***", where)
-    query = re.sub(r"((?:^|&)[^=&]*pass[^=&]*(?<!_file)=)[^&]*", r"\1***", query)
-    return f"{head}{scheme}{mask}{where}{mark}{query}"
 
 
 def renamed(error: ValueError, name: str) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 import attrs
 
 from connlimit._limiter.limiter import Limiter
-from connlimit.interfaces import IConnection
+from connlimit.interfaces import IConnection, ILimiter
 from connlimit.observers import LimiterObserver
 
 #: Seconds between samples, and how many are kept: ten minutes.
@@ -67,7 +67,7 @@ class Watch(LimiterObserver):
         self._refused = sum(limiter.snapshot().refused.values())
         limiter.add_observer(self)
 
-    def served(self, limiter: Limiter, connection: IConnection, waited: float) -> None:
+    def served(self, limiter: ILimiter, connection: IConnection, waited: float) -> None:
         """
         See `ILimiterObserver.served`.
         """
@@ -75,7 +75,7 @@ class Watch(LimiterObserver):
         self.total += waited
         self._last.append(waited)
 
-    def reconfigured(self, limiter: Limiter, changes: dict[str, tuple[Any, Any]]) -> None:
+    def reconfigured(self, limiter: ILimiter, changes: dict[str, tuple[Any, Any]]) -> None:
         """
         See `ILimiterObserver.reconfigured`.
         """

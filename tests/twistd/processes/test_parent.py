@@ -250,7 +250,7 @@ def test_a_worker_that_is_asked_to_end_lets_its_connections_finish(folder: Path)
 
 def test_a_worker_that_dies_again_and_again_is_started_ever_more_slowly(tmp_path: Path) -> None:
     (tmp_path / "dying.py").write_text(
-        f"import os, sys\n{ECHO}\nif 'connlimit._twistd.processes.worker' in sys.modules:\n    os._exit(7)\n"
+        f"import os, sys\n{ECHO}\nif 'connlimit._twistd.worker_program' in sys.modules:\n    os._exit(7)\n"
     )
     arguments = ["--processes=2", *LIMIT, "--listen", LOCAL, "--factory", "dying:factory"]
     with running("connlimit", *arguments, cwd=tmp_path) as program:

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager, suppress
 from itertools import count
 from types import NoneType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from twisted.application.service import IService, Service
 from twisted.internet.defer import Deferred, gatherResults, maybeDeferred
@@ -35,10 +35,7 @@ from connlimit._twistd.processes.inherited_ports import OpenedPorts
 from connlimit._twistd.processes.lending import Lender
 from connlimit._twistd.processes.log_pipe import of_line
 from connlimit._twistd.processes.reports import PooledLimiter
-from connlimit._twistd.processes.role import Alone
-
-if TYPE_CHECKING:
-    from connlimit._twistd.program import Program
+from connlimit._twistd.processes.role import Alone, IRunning
 
 _log = Logger()
 
@@ -70,7 +67,7 @@ import json, os, sys
 sys.path[:] = json.loads(sys.argv.pop(1))
 if "LISTEN_FDS" in os.environ:
     os.environ["LISTEN_PID"] = str(os.getpid())
-from connlimit._twistd.processes.worker import main
+from connlimit._twistd.worker_program import main
 main()
 """
 
@@ -111,7 +108,7 @@ class Parent(Alone):
         self._departed: dict[Limiter, int] = {}  # the first assignment without it
         self._numbers = count(1)
         self._count = processes
-        self._program: Program
+        self._program: IRunning
         self._pooled: dict[str, PooledLimiter] = {}
         self._workers: dict[int, _Worker] = {}
         self._ready: set[int] = set()
@@ -124,7 +121,7 @@ class Parent(Alone):
 
     # The part
 
-    def watched(self, program: Program) -> Any:
+    def watched(self, program: IRunning) -> Any:
         """
         See `Alone.watched`.
         """
@@ -170,7 +167,7 @@ class Parent(Alone):
         """
         return _Ports(service)
 
-    async def start(self, program: Program) -> None:
+    async def start(self, program: IRunning) -> None:
         """
         See `Alone.start`.
         """
@@ -182,7 +179,7 @@ class Parent(Alone):
         self._looking.start(_LOOK_INTERVAL)
         await self._all_ready
 
-    def reload(self, program: Program, text: str) -> None:
+    def reload(self, program: IRunning, text: str) -> None:
         """
         See `Alone.reload`.
         """
@@ -206,7 +203,7 @@ class Parent(Alone):
         ports = tuple(self.ports.sockets())
         return commands.Assignment(self.number, ports, limits, self._text, self._twistd)
 
-    async def stop(self, program: Program) -> None:
+    async def stop(self, program: IRunning) -> None:
         """
         See `Alone.stop`.
         """

@@ -13,8 +13,8 @@ from typing import Any
 import attrs
 from twisted.internet.defer import Deferred, succeed
 
-from connlimit._limiter.limiter import Limiter, Snapshot
-from connlimit.interfaces import IConnection
+from connlimit._limiter.limiter import Limiter
+from connlimit.interfaces import IConnection, ILimiter, Snapshot
 from connlimit.observers import LimiterObserver
 from connlimit.status.watch import PEERS, SHOWN, address_text
 
@@ -54,7 +54,7 @@ class Reporter(LimiterObserver):
         self._looking: Generator[None, None, list[tuple[Hashable, int, int]]] | None = None
         limiter.add_observer(self)
 
-    def served(self, limiter: Limiter, connection: IConnection, waited: float) -> None:
+    def served(self, limiter: ILimiter, connection: IConnection, waited: float) -> None:
         """
         See `ILimiterObserver.served`.
         """

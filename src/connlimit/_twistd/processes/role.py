@@ -7,7 +7,7 @@ from __future__ import annotations
 import signal
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from twisted.application.service import IService
 
@@ -15,8 +15,28 @@ from connlimit._limiter.limiter import Limiter
 from connlimit._limiter.settings import Settings
 from connlimit.shared.by_url import shared_limits
 
-if TYPE_CHECKING:
-    from connlimit._twistd.program import Program
+
+class IRunning(Protocol):
+    """
+    What a role needs to know of the program that it is played in.
+    """
+
+    @property
+    def limiters(self) -> Mapping[str, Limiter]: ...
+
+    @property
+    def drain_timeout(self) -> float: ...
+
+    @property
+    def status(self) -> Any: ...
+
+    def all_limiters(self) -> Iterable[Limiter]: ...
+
+    def privilegedStartService(self) -> None: ...
+
+    def startService(self) -> None: ...
+
+    def stopService(self) -> Any: ...
 
 
 class Alone:
@@ -58,7 +78,7 @@ class Alone:
         A limiter is no more.
         """
 
-    def watched(self, program: Program) -> Any:
+    def watched(self, program: IRunning) -> Any:
         """
         What has the limiters that are shown.
         """
@@ -95,17 +115,17 @@ class Alone:
 
         signal.signal(signal.SIGTERM, stop)
 
-    async def start(self, program: Program) -> None:
+    async def start(self, program: IRunning) -> None:
         """
         Do what remains to be done until the program is ready.
         """
 
-    def reload(self, program: Program, text: str) -> None:
+    def reload(self, program: IRunning, text: str) -> None:
         """
         The program may have changed: it listens elsewhere, or runs what another text of the file says.
         """
 
-    async def stop(self, program: Program) -> None:
+    async def stop(self, program: IRunning) -> None:
         """
         The program has stopped to listen.
         """

@@ -7,18 +7,15 @@ from __future__ import annotations
 import os
 import signal
 import socket
-import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, suppress
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
-from twisted.application.app import ServerOptions
 from twisted.internet.defer import ensureDeferred, maybeDeferred
 from twisted.internet.error import ConnectionDone, ConnectionLost
 from twisted.internet.protocol import Factory, connectionDone
-from twisted.logger import Logger, globalLogBeginner
+from twisted.logger import Logger
 from twisted.python.failure import Failure
-from twisted.python.reflect import namedModule
 
 from connlimit._limiter.limiter import Limiter
 from connlimit._limiter.settings import Settings
@@ -27,10 +24,10 @@ from connlimit._twistd.processes.inherited_ports import InheritedPorts
 from connlimit._twistd.processes.lending import BorrowedLimit
 from connlimit._twistd.processes.log_pipe import LogPipe
 from connlimit._twistd.processes.reports import Reporter
-from connlimit._twistd.processes.role import Alone
+from connlimit._twistd.processes.role import Alone, IRunning
 
-if TYPE_CHECKING:
-    from connlimit._twistd.program import Program
+#: Makes the program of a worker: of what the parent tells, and of the part that it plays.
+MakeProgram = Callable[[commands.Assignment, "Worker"], IRunning]
 
 _log = Logger()
 
@@ -46,19 +43,19 @@ class Worker(Alone):
     shows = False
     reads = False
 
-    def __init__(self, reactor: Any, arguments: list[str], log: LogPipe) -> None:
+    def __init__(self, reactor: Any, make_program: MakeProgram, log: LogPipe) -> None:
         """
-        :param arguments: the command line of the parent.
+        :param make_program: makes the program that runs in it.
         :param log: where what is logged goes.
         """
         self.ports = InheritedPorts(reactor)
         self.channel = _WorkersEnd(self)
         self.reactor = reactor
-        self._arguments = arguments
+        self._make_program = make_program
         self._log_pipe = log
         self._limits: dict[str, BorrowedLimit] = {}
         self._reporters: dict[Limiter, Reporter] = {}
-        self._program: Program | None = None
+        self._program: IRunning | None = None
         self._assignment: commands.Assignment | None = None
         self._is_stopping = False
         self._has_stopped = False
@@ -116,7 +113,7 @@ class Worker(Alone):
         """
         signal.signal(signal.SIGTERM, lambda number, frame: reactor.callFromThread(self.order_to_stop))
 
-    async def start(self, program: Program) -> None:
+    async def start(self, program: IRunning) -> None:
         """
         See `Alone.start`.
         """
@@ -146,13 +143,8 @@ class Worker(Alone):
             ensureDeferred(self._change(assignment, self._program))
 
     def _begin(self, assignment: commands.Assignment) -> None:
-        from connlimit._twistd.command_line import Options, makeService
-
         try:
-            options = Options(assignment.text)
-            options.parent = twistd_options(assignment.twistd)
-            options.parseOptions(self._arguments)
-            self._program = makeService(options, self)
+            self._program = self._make_program(assignment, self)
             self._program.privilegedStartService()
             self._program.startService()
         except SystemExit as error:
@@ -179,7 +171,7 @@ class Worker(Alone):
         if assignment is self._assignment and not self._is_stopping:
             ensureDeferred(self._change(assignment, program, delay))
 
-    def _forget(self, program: Program) -> None:
+    def _forget(self, program: IRunning) -> None:
         """
         Forget the limits of limiters that are no more.
         """
@@ -284,30 +276,3 @@ class _WorkersEnd(commands.Channel):
     def recall(self, limit: str, recalled: bool) -> dict[str, Any]:
         self._worker.limit(limit).recall(recalled)
         return {}
-
-
-def twistd_options(told: Mapping[str, Any]) -> ServerOptions:
-    """
-    The options of the parent's twistd, for plugins that look at them.
-    """
-    options = ServerOptions()
-    options.update(told)
-    return options
-
-
-def main() -> None:
-    """
-    Be a worker: the arguments are the numbers of the control socket and of the pipe for the log, the module
-    of the reactor, and the command line of the parent.
-    """
-    control, log, reactor_module, *arguments = sys.argv[1:]
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all; the parent tells what to do
-    if hasattr(signal, "SIGHUP"):  # so it may be with this one; no worker reads a file by itself
-        signal.signal(signal.SIGHUP, lambda number, frame: None)
-    namedModule(reactor_module).install()
-    from twisted.internet import reactor
-
-    pipe = LogPipe(reactor, int(log))
-    globalLogBeginner.beginLoggingTo([pipe])
-    Worker(reactor, arguments, pipe).serve(int(control))
-    pipe.flush()
