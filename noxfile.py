@@ -45,6 +45,7 @@ def types(session: nox.Session) -> None:
     """
     install(session, "lint", "test")
     session.run("mypy", *session.posargs)
+    session.run("lint-imports")
 
 
 @nox.session(python=PYTHONS, default=True)

@@ -57,7 +57,9 @@ def imports(node: ast.AST) -> Iterator[str]:
 
 
 def test_every_import_goes_down() -> None:
-    done = subprocess.run([Path(sys.executable).with_name("lint-imports")], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [Path(sys.executable).with_name("lint-imports")], cwd=ROOT, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stdout
     assert "2 kept, 0 broken" in done.stdout
 

@@ -173,6 +173,7 @@ def test_the_core_alone_works_and_says_which_extra_it_lacks(built: Path, environ
             "connlimit._redis.link": "txredisapi",
             "connlimit._redis.sentinel": "txredisapi",
             "connlimit.metrics": "prometheus_client",
+            "connlimit.status.metrics": "prometheus_client",
             "connlimit._twistd.semaphores.program": "httptools",
             "connlimit.semaphores.server.http": "httptools",
             "connlimit.semaphores.server.redis_store": "txredisapi",
@@ -204,7 +205,7 @@ def test_the_wheel_holds_the_package_and_the_plugin_and_nothing_else(built: Path
         file.relative_to(ROOT / "src").as_posix() for file in (ROOT / "src" / "connlimit").rglob("*.py")
     }
     assert names == package | {
-        "connlimit/lease.lua",
+        "connlimit/_redis/lease.lua",
         "connlimit/py.typed",
         "connlimit/semaphores/server/log.lua",
         "connlimit/status/status.css",
