@@ -9,11 +9,11 @@ httptools's, which is strict: what could be understood in two ways is refused.
 
 from __future__ import annotations
 
-import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Mapping
 from email.utils import formatdate
 from functools import lru_cache
+from time import monotonic, time
 from typing import Any
 
 import attrs
@@ -232,23 +232,24 @@ class HttpConnection(Protocol):
         """
         Parse as much of the data as has a request, and answer that; keep the rest.
         """
-        at = 0
-        while at < len(data) and not self._requests and self._wrong is None:
-            piece = data[at : at + _PIECE] if at or len(data) > _PIECE else data
+        requests = self._requests
+        at, length = 0, len(data)
+        while at < length and not requests and self._wrong is None:
+            piece = data if length <= _PIECE else data[at : at + _PIECE]
             at += self._parse_piece(piece)
-            if not self._requests:
+            if not requests:
                 self._size += len(piece)
                 self._check()
         if self._wrong is None:
             self._unparsed = data[at:]
-        elif self._requests:
+        elif requests:
             # Those before it are answered first, and that is the end.
             self._is_deaf = True
             self._requests[-1].is_persistent = False
         else:
             self._refuse(*self._wrong)
             return
-        if self._requests:
+        if requests:
             self._next()
 
     def _parse_piece(self, piece: bytes) -> int:
@@ -300,17 +301,17 @@ class HttpConnection(Protocol):
         """
         parser, target, headers = self._parser, self._target, self._headers
         version = parser.get_http_version()
-        is_persistent = version == "1.1" and parser.should_keep_alive()
+        is_new = version == "1.1"
         self._reading = Request(
             parser.get_method(),
             target[0] if len(target) == 1 else b"".join(target),
             headers.copy(),
-            is_persistent,
+            is_new and parser.should_keep_alive(),
             version == "1.0",
         )
         target.clear()
         headers.clear()
-        if version not in ("1.0", "1.1"):
+        if not is_new and version != "1.0":
             self._wrong = self._wrong or (400, "this is not HTTP/1.1")
 
     def on_body(self, body: bytes) -> None:
@@ -369,7 +370,11 @@ class HttpConnection(Protocol):
         if request.is_old:
             request.is_persistent = False
         framing = "Connection: close" if request.is_old else "Transfer-Encoding: chunked"
-        self._write(b"".join(_head(request, answer, framing)))
+        is_kept = request.is_persistent
+        head = _head(
+            int(time()), request.is_old, is_kept, answer.status, answer.kind, answer.headers, framing
+        )
+        self._write(b"".join(head))
         if request.method == b"HEAD":
             self._answered()
         else:
@@ -526,7 +531,7 @@ class HttpFactory(Factory):
 
     _SECONDS = {"request": _REQUEST, "read": _READ, "idle": _IDLE, "refused": _LAST_WORDS, "close": _READ}
 
-    def __init__(self, clock: IReactorTime, seconds: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, clock: IReactorTime, seconds: Callable[[], float] = monotonic) -> None:
         """
         :param clock: has things happen later.
         :param seconds: gives the time by which clients are late.
@@ -598,32 +603,27 @@ def _whole(request: Request, answer: Answer, body: bytes) -> bytes:
     """
     An answer of one piece.
     """
-    start, end = _head(request, answer, "Content-Length: ")
+    start, end = _head(
+        int(time()), request.is_old, request.is_persistent, answer.status, answer.kind, answer.headers
+    )
     return b"%b%d%b%b" % (start, len(body), end, b"" if request.method == b"HEAD" else body)
 
 
-def _head(request: Request, answer: Answer, framing: str) -> tuple[bytes, bytes]:
-    """
-    The head of an answer, in two parts: between them there is place for the end of the line of framing.
-    """
-    is_kept = request.is_persistent or request.is_old
-    return _lines(
-        int(time.time()), request.is_old, is_kept, answer.status, answer.kind, answer.headers, framing
-    )
-
-
 @lru_cache(256)
-def _lines(
+def _head(
     now: int,
     is_old: bool,
     is_kept: bool,
     status: int,
     kind: str,
     headers: tuple[tuple[str, str], ...],
-    framing: str,
+    framing: str = "Content-Length: ",
 ) -> tuple[bytes, bytes]:
+    """
+    The head of an answer, in two parts: between them there is place for the end of the line of framing.
+    """
     start = [f"HTTP/1.{0 if is_old else 1} {status} {_PHRASES[status]}"]
-    if not is_kept:
+    if not is_kept and not is_old:
         start.append("Connection: close")
     start += [f"Date: {formatdate(now, usegmt=True)}", f"Content-Type: {kind}", framing]
     end = ["", "Cache-Control: no-store", "X-Content-Type-Options: nosniff"]

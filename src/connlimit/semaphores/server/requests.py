@@ -80,10 +80,13 @@ def query_duration(query: Query, name: bytes) -> float | None:
     :raises Refused: if it is wrong.
     """
     values = query.get(name)
-    if values is None:
-        return None
+    return None if values is None else _duration(name, values[-1])
+
+
+@lru_cache(1024)
+def _duration(name: bytes, value: bytes) -> float:
     try:
-        return duration(name.decode(), values[-1].decode())
+        return duration(name.decode(), value.decode())
     except ValueError as error:
         raise Refused(400, str(error)) from None
 

@@ -163,12 +163,12 @@ class SemaphoreSite(HttpFactory):
             self._ends.callback(None)
 
     def _handle(self, request: Request) -> _Answering:
-        target = request.target
+        target, method = request.target, request.method
         route = self._remembered_route if len(target) <= _SHORT else self._route
         methods, query, arguments = route(target)
         if methods is None:
             return _NOT_FOUND
-        handler = methods.get(b"GET" if request.method == b"HEAD" else request.method)
+        handler = methods.get(b"GET" if method == b"HEAD" else method)
         if handler is None:
             allowed = sorted(each.decode() for each in methods)
             if b"GET" in methods:

@@ -75,7 +75,8 @@ class State:
         :return: what the operation returns.
         :raises Rejected: if the operation does.
         """
-        if self._grants_from or (self._expiries and self._expiries[0][0] <= now):
+        expiries = self._expiries
+        if self._grants_from or (expiries and expiries[0][0] <= now):
             self._let_happen(now)
         return self._operations[operation](now, *arguments)
 
@@ -106,10 +107,10 @@ class State:
         """
         When something is due next, in seconds; None if nothing is.
         """
-        times = [self._expiries[0][0]] if self._expiries else []
-        if self._grants_from:
-            times.append(self._grants_from)
-        return min(times, default=None)
+        if not self._expiries:
+            return self._grants_from or None
+        expiry = self._expiries[0][0]
+        return min(expiry, self._grants_from) if self._grants_from else expiry
 
     # Operations
 
@@ -399,7 +400,8 @@ class State:
         lock = semaphore.holders.pop(peer, None)
         if lock is not None:
             semaphore.acquired -= lock.count
-            held = {each: who.held[each] for each in who.held if each != name}
+            held = dict(who.held)
+            del held[name]
             self.peers[peer] = Peer(who.expires, held, who.pending)
         elif who.pending == name:
             self._leave_queue(peer, name)
