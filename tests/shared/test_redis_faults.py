@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
@@ -39,7 +39,7 @@ from shared.test_redis_limit import (
 from support import PATIENCE, Log
 from support.sockets import patiently, until
 from twisted.internet import reactor
-from twisted.internet.defer import gatherResults
+from twisted.internet.defer import fail, gatherResults
 from twisted.internet.task import deferLater
 from twisted.internet.threads import deferToThread
 
@@ -177,6 +177,78 @@ def test_whose_turn_it_is_and_who_is_gone_loses_it(redis: Redis) -> None:
         one.ask(0, NOW + 1, kept=0)
         assert third.member in heard()
         assert third.ask(1, NOW + 1) == 1
+
+
+def test_who_does_not_ask_in_its_turn_loses_it(redis: Redis) -> None:
+    one, stopped, third = settled(redis, 1, 3)
+    assert one.ask(1, NOW) == 1
+    with stopped.listening(), third.listening() as heard:
+        stopped.hears = third.hears = True
+        for asker in (stopped, third):
+            assert asker.ask(1, NOW) == 0
+        assert stopped.member in heard()
+        one.ask(0, NOW + 1, kept=0)
+        assert third.ask(1, NOW + 2) == 0
+        assert one.ask(1, NOW + 4) == 0
+        one.ask(0, NOW + 4.5, kept=0)
+        assert third.member in heard()
+        assert third.ask(1, NOW + 4.5) == 1
+        third.ask(0, NOW + 5, kept=0)
+        assert stopped.ask(1, NOW + 6) == 1
+
+
+def test_one_of_those_who_wait_watches_for_leases_that_end_and_the_others_rarely_ask(redis: Redis) -> None:
+    one, *waiting = settled(redis, 1, 11)
+    assert one.ask(1, NOW) == 1
+    with ExitStack() as listening:
+        for asker in waiting:
+            listening.enter_context(asker.listening())
+            asker.hears = True
+            assert asker.ask(1, NOW) == 0
+        assert [asker.pause for asker in waiting] == [1000, *range(4000, 22_000, 2000)]
+        # The one who watches may be stopped.
+        assert waiting[5].ask(1, NOW + 2) == 0
+        assert waiting[5].pause == 20_000
+        assert waiting[5].ask(1, NOW + 3.5) == 0
+        assert waiting[5].pause == 1000
+        assert waiting[0].ask(1, NOW + 4) == 0
+        assert waiting[0].pause == 20_000
+    # All are killed but one, whose turn is not lost though it has not asked for longer than a lease.
+    last = waiting[3]
+    with last.listening() as heard:
+        last.hears = True
+        assert one.ask(0, NOW + 12, kept=0) == 0
+        assert last.member in heard()
+        assert last.ask(1, NOW + 12) == 1
+
+
+def test_who_stops_to_wait_lets_another_watch(redis: Redis) -> None:
+    one, watching, other, last = settled(redis, 1, 4)
+    assert one.ask(1, NOW) == 1
+    with watching.listening(), other.listening(), last.listening() as heard:
+        for asker in (watching, other, last):
+            asker.hears = True
+            assert asker.ask(1, NOW) == 0
+        assert watching.member in heard()
+        assert watching.ask(0, NOW + 1) == 0
+        assert last.member in heard()
+        assert last.ask(1, NOW + 1) == 0
+        assert last.pause == 1000
+        assert other.ask(1, NOW + 1.5) == 0
+        assert other.pause > 1000
+
+
+def test_who_does_not_hear_this_redis_asks_each_second(redis: Redis) -> None:
+    one, other = settled(redis, 1)
+    assert one.ask(1, NOW) == 1
+    other.hears = True  # as it believes
+    for second in range(3):
+        assert other.ask(1, NOW + second) == 0
+        assert other.pause == 1000
+    # Its turn is not lost, though nobody heard of it.
+    one.ask(0, NOW + 3, kept=0)
+    assert one.ask(1, NOW + 3.1) == 0
+    assert other.ask(1, NOW + 3.5) == 1
 
 
 def test_what_has_outlived_its_lease_is_counted_for_all_to_see(redis: Redis) -> None:
@@ -524,9 +596,24 @@ def questions(redis: Redis) -> int:
     return sum(int(each) for each in re.findall(r"cmdstat_eval(?:sha)?:calls=(\d+)", counts))
 
 
+@contextmanager
+def processes_of_their_own() -> Iterator[None]:
+    """
+    Limits that are made here use connections of their own, as if each was in another process.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_redis_link, "_links", {})
+        patch.setattr(_redis_link.Link, "to", classmethod(lambda cls, *where: cls(*where)))
+        yield
+
+
+@pytest.mark.parametrize("rate", [2, 9, 1000])
 @ensureDeferred
-async def test_a_freed_slot_wakes_only_whose_turn_it_is(settled_redis: Redis) -> None:
-    members = [redis_limit.RedisLimit("crowd", 5, url=settled_redis.url, ttl=10) for _ in range(50)]
+async def test_a_freed_slot_wakes_only_whose_turn_it_is(rate: int, settled_redis: Redis) -> None:
+    with processes_of_their_own():
+        members = [
+            redis_limit.RedisLimit(f"crowd {rate}", 5, url=settled_redis.url, ttl=10) for _ in range(50)
+        ]
     waiting, active, admitted = [3] * 50, [], 0
 
     def serve(at: int) -> None:
@@ -537,26 +624,64 @@ async def test_a_freed_slot_wakes_only_whose_turn_it_is(settled_redis: Redis) ->
             active.append(at)
             assert len(active) <= 5
 
-    for at, member in enumerate(members):
-        member.subscribe(partial(serve, at))
-        serve(at)
-    await until(lambda: len(active) == 5)
-    await deferLater(reactor, 1)
-    for goal in (100, 400):
-        before, asked = admitted, questions(settled_redis)
-        while admitted < goal:
+    async def admit(count: int, rate: int) -> None:
+        began, goal = reactor.seconds(), admitted + count
+        for number in range(count):
             await until(lambda: len(active) == 5)
             at = active.pop(0)
             waiting[at] += 1
             members[at].release(None)
             serve(at)
-    per_admission = (questions(settled_redis) - asked) / (admitted - before)
+            await deferLater(reactor, max(0, began + (number + 1) / rate - reactor.seconds()))
+        await until(lambda: admitted == goal)
+
+    for at, member in enumerate(members):
+        member.subscribe(partial(serve, at))
+        serve(at)
+    await until(lambda: len(active) == 5 and all(member._link.hears(member.channel) for member in members))
+    await admit(150, 1000)  # until all have asked as those who hear
+    asked = questions(settled_redis)
+    count = min(300, 10 * rate)
+    await admit(count, rate)
+    per_admission = (questions(settled_redis) - asked) / count
     assert per_admission <= 3, per_admission
     waiting[:] = [0] * 50
     while active:
         members[active.pop()].release(None)
     for member in members:
         await patiently(member.close())
+
+
+@ensureDeferred
+async def test_who_waits_and_hears_nothing_any_more_asks_each_second(
+    settled_redis: Redis, proxied: Switch
+) -> None:
+    with processes_of_their_own():
+        one, other, third = (
+            redis_limit.RedisLimit("no ear", 1, url=url, ttl=60)
+            for url in (settled_redis.url, settled_redis.url, proxied.url)
+        )
+    for limit in (one, other, third):
+        limit.subscribe(lambda limit=limit: limit.in_use or limit.try_acquire(None))
+        assert not limit.try_acquire(None)
+        await until(lambda limit=limit: limit._link.hears(limit.channel) and (limit.in_use or limit._queued))
+    await deferLater(reactor, 0.1)
+    # The last one does not watch. Now its connection that hears is lost for good.
+    third._link._open = lambda protocol: fail(ConnectionRefusedError())
+    third._link._ear.transport.abortConnection()
+    question = third._question
+    await until(lambda: third._question >= question + 3)
+    one._subscribers.clear()
+    other._subscribers.clear()
+    other.try_acquire = lambda connection: False
+    await patiently(other.close())
+    began = since_boot()
+    one.release(None)
+    await until(lambda: third.in_use)
+    assert since_boot() - began < 2
+    third.release(None)
+    await patiently(one.close())
+    await patiently(third.close())
 
 
 @ensureDeferred

@@ -1203,7 +1203,7 @@ class Asker:
         self._number = 0
         self._asked: float | None = None
         self.run = ""
-        self.held = self.others = self.guarded = self.too_many = 0
+        self.held = self.others = self.guarded = self.pause = self.too_many = 0
 
     def another(self, runs: bytes | None = None) -> Asker:
         """
@@ -1233,7 +1233,7 @@ class Asker:
         self._asked = now
         seconds = now if wall is None else wall
         clock = b"{%d,%d}" % (seconds, seconds % 1 * 1_000_000)
-        self.held, self.others, self.guarded, _, _, self.too_many, self.run = lease(
+        self.held, self.others, self.guarded, self.pause, _, self.too_many, self.run = lease(
             self._redis,
             self._name,
             self._script.replace(b"redis.call('TIME')", clock),

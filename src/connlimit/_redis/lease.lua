@@ -10,9 +10,9 @@
 --   hears (whether its process hears of its turn), own (how many of those who hear the channel are the member)
 --   outlived (connections that have outlived a lease of late), leaves (whether the member ends)
 --   channel (of the limit), turns (the prefix of the channels of processes)
--- Returns a line: slots held, how many others ask, ms until new slots are given again, whether the member is to
---   ask again soon, whether it has a place among those who ask, how many more are held than there are, and which
---   Redis this is. Or "late", if the question is.
+-- Returns a line: slots held, how many others ask, ms until new slots are given again, ms until the member is to
+--   ask again if it lacks slots and nothing happens, whether it has a place among those who ask, how many more
+--   are held than there are, and which Redis this is. Or "late", if the question is.
 local question = cjson.decode(ARGV[1])
 local me, ttl = question.member, question.ttl
 
@@ -20,6 +20,11 @@ local me, ttl = question.member, question.ttl
 local lifetime = math.max(300000, ttl * 10)
 -- What a question may be delayed before the clock is suspected. A lease is used for nine tenths of the ttl.
 local slack = math.floor(ttl / 20)
+-- One of those who lack slots watches: it asks so often, lest a lease that ended or a lost notification go
+-- unnoticed. The others ask rarely: one of them in twice that time, and each in this time at least.
+local watch, longest = 1000, 60000
+-- In what time one whose turn it is must ask, and the one that watches.
+local patience = math.max(2 * watch, math.floor(ttl / 3))
 
 local function listeners(channel)
   local answer = redis.pcall('PUBSUB', 'NUMSUB', channel)
@@ -30,12 +35,18 @@ local function turns_of(member)
   return question.turns .. string.match(member, '^[^#]*')
 end
 
-local function save(member, record)
-  redis.call('HSET', KEYS[1], member, cjson.encode(record))
-end
-
 local about
 local members = {}
+
+local function save(member, record)
+  if record == about or record.held > 0 or record.turn > 0 then
+    redis.call('HSET', KEYS[1], member, cjson.encode(record))
+  else
+    members[member] = nil
+    redis.call('HDEL', KEYS[1], member)
+  end
+end
+
 local stored = redis.call('HGETALL', KEYS[1])
 for at = 1, #stored, 2 do
   local record = cjson.decode(stored[at + 1])
@@ -97,6 +108,7 @@ local answered = question.age >= 0
 local doubt, settling = 0, math.min(1000, math.floor(ttl / 3))
 if not about then
   about = {run = run, was = '', changed = now, guard = now, turns = 0, outlived = 0}
+  about.watcher, about.watched = '', now
   if run == '' or (answered and question.age < lifetime) or listeners(question.channel) > question.own then
     doubt = ttl  -- it was lost
   else
@@ -132,19 +144,29 @@ elseif asks or (question.more and mine and mine.turn > 0 and asking > 0) then
   turn = about.turns
 end
 local is_new = asks and not (mine and mine.turn > 0)
-local asks_soon = turn > 0 and (asks and earlier or asking) < 2
 
+local function lacks(member)
+  return members[member] ~= nil and members[member].turn > 0
+end
+
+-- It may hear another Redis.
+local hears = question.hears and (turn == 0 or listeners(turns_of(me)) > 0)
+local pause, kept = watch, ttl
+if turn > 0 and hears then
+  if not lacks(about.watcher) or about.watcher == me or about.watched + patience < now then
+    about.watcher, about.watched = me, now
+  else
+    pause = math.min(longest, 2 * watch * (asking + 1))
+  end
+  -- Who has nothing needs not be heard of in order to keep its turn.
+  if held == 0 then kept = math.max(ttl, 2 * pause) end
+end
 mine = {
-  held = held, in_use = question.in_use, asked = now, ends = now + ttl, number = question.number,
-  turn = turn, called = false, hears = question.hears,
+  held = held, in_use = question.in_use, asked = now, ends = now + kept, number = question.number,
+  turn = turn, hears = hears,
 }
 members[me] = mine
-if held > 0 or turn > 0 then
-  save(me, mine)
-else
-  members[me] = nil
-  redis.call('HDEL', KEYS[1], me)
-end
+save(me, mine)
 
 -- Whose turn it is asks for the slots that are left.
 local left = slots - others - held
@@ -157,13 +179,24 @@ if left > 0 and not is_guarded and (asking > 0 or turn > 0) then
   for _, member in ipairs(queue) do
     if left == 0 then break end
     local record = members[member]
-    if member ~= me and not record.called then
-      -- Who is not there any more loses its turn.
-      local is_gone = redis.pcall('PUBLISH', turns_of(member), member) == 0 and record.hears
-      if is_gone then record.turn = 0 else record.called = true end
+    if member ~= me and not (record.called and now < record.called + patience) then
+      -- Who is not there any more, or has not asked in time, loses its turn.
+      local is_gone = record.called or redis.pcall('PUBLISH', turns_of(member), member) == 0 and record.hears
+      if is_gone then record.turn = 0 else record.called = now end
       save(member, record)
     end
     if record.turn > 0 then left = left - 1 end
+  end
+end
+-- Somebody watches as long as somebody lacks slots: the last, who does so longest.
+if turn == 0 and asking > 0 and (not lacks(about.watcher) or about.watched + patience < now) then
+  local last
+  for member, record in pairs(members) do
+    if record.turn > (last and members[last].turn or 0) then last = member end
+  end
+  if last then
+    redis.pcall('PUBLISH', turns_of(last), last)
+    about.watcher, about.watched = last, now
   end
 end
 -- The first to ask tells all to give back what they need not.
@@ -181,5 +214,5 @@ end
 local too_many = math.max(0, others + held - slots)
 return {ok = string.format(
   '%d %d %d %d %d %d %s', held, math.max(is_guarded and 0 or asking, math.min(1, too_many)),
-  math.max(0, about.guard - now), asks_soon and 1 or 0, turn > 0 and 1 or 0, too_many, run
+  math.max(0, about.guard - now), pause, turn > 0 and 1 or 0, too_many, run
 )}

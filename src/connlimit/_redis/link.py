@@ -113,6 +113,11 @@ class IAsker(Interface):
         Something was published on its channel, or for it; an empty text if something may have been missed.
         """
 
+    def deaf() -> None:
+        """
+        Nothing is heard any more, until something is.
+        """
+
 
 class _Questions(Asking):
     """
@@ -586,11 +591,14 @@ class Link:
             self._shut_ear()
 
     def _shut_ear(self) -> None:
-        self._subscribed.clear()
         ear, self._ear = self._ear, None
         if ear is not None:
             ear.ended = None
             ear.transport.abortConnection()
+        if self._subscribed:
+            self._subscribed.clear()
+            for asker in list(self._askers.values()):
+                self._tell(asker, "deaf")
 
     def _heard(self, channel: str, message: str) -> None:
         if channel == self.turns:

@@ -51,8 +51,8 @@ _USED = 0.9
 #: Seconds between two questions while others may need what is asked for, if no notification comes.
 _POLL = 1.0
 
-#: Seconds between two questions of a process that lacks slots, and is told when it gets some, at most.
-_LONG_POLL = 5.0
+#: Seconds between two questions that are refused, and until it does not matter any more that all is over.
+_PATIENCE = 5.0
 
 #: Seconds between two questions while there is nothing to ask.
 _IDLE = 60.0
@@ -72,7 +72,7 @@ LEASE, SLOTS = "lease", "slots"
 #: What is published when a limit was changed.
 _CHANGED = "room"
 
-_ANSWER = re.compile(r"(\d{1,18}) (\d{1,18}) (\d{1,18}) ([01]) ([01]) (\d{1,18}) (.*)")
+_ANSWER = re.compile(r"(\d{1,18}) (\d{1,18}) (\d{1,18}) (\d{1,18}) ([01]) (\d{1,18}) (.*)")
 
 _numbers = itertools.count(1)
 
@@ -324,7 +324,7 @@ class RedisLimit:
         if self._closed:
             return
         try:
-            held, others, run, guarded, asks_soon, self._queued, too_many = _counts(answer)
+            held, others, run, guarded, pause, self._queued, too_many = _counts(answer)
         except ValueError as error:
             self.rejected(error)
             return
@@ -361,7 +361,7 @@ class RedisLimit:
             if not had_asked:
                 self._spare //= 2
             self._peak = (self._peak + self.in_use) // 2
-        self._ask_soon(0 if self._ask_again else self._pause(asks_soon, guarded / 1000))
+        self._ask_soon(0 if self._ask_again else self._pause(pause / 1000, guarded / 1000))
 
     def _offer(self) -> None:
         """
@@ -379,16 +379,21 @@ class RedisLimit:
                 self._told = since_boot()
                 self._tell()
 
-    def _pause(self, asks_soon: bool, guarded: float) -> float:
+    def _pause(self, asked_for: float, guarded: float) -> float:
         """
         Seconds until the next question, if nothing happens.
+
+        :param asked_for: what Redis wants that to be if slots are lacked here.
+        :param guarded: seconds until it gives new slots again.
         """
         heartbeat = self._ttl / 3 * random.uniform(0.9, 1)
         if guarded:
             return min(heartbeat, guarded + 0.005)
         if self._short:
-            hears = self._link.hears(self._link.turns)
-            return min(heartbeat, _POLL if asks_soon or not hears else _LONG_POLL)
+            if not self._link.hears(self._link.turns):
+                return min(heartbeat, _POLL)
+            pause = asked_for if asked_for <= _POLL else asked_for * random.uniform(0.5, 1)
+            return min(heartbeat, pause) if self.held else pause
         if self.held > self.in_use:
             return min(heartbeat, max(_POLL, self._link.askers / _MOST_POLLS))
         if self.held:
@@ -402,7 +407,7 @@ class RedisLimit:
         """
         self.unreachable(error)
         self._rejections = min(self._rejections + 1, 10)
-        self._ask_soon(min(_LONG_POLL, 0.1 * 2**self._rejections) * random.uniform(0.5, 1))
+        self._ask_soon(min(_PATIENCE, 0.1 * 2**self._rejections) * random.uniform(0.5, 1))
 
     def slow(self) -> None:
         """
@@ -455,6 +460,13 @@ class RedisLimit:
             if self.held - self._set_aside > self.in_use:
                 self._ask_soon(0)
 
+    def deaf(self) -> None:
+        """
+        See `IAsker.deaf`.
+        """
+        if self._short:
+            self._ask_soon(_POLL)
+
     def _tell(self) -> None:
         for callback in list(self._subscribers):
             try:
@@ -493,7 +505,7 @@ class _Farewell:
         self.keys = limit.keys
         self.patience = 1.0
         self.done: Deferred[None] = Deferred()
-        self._timer = clock.callLater(_LONG_POLL, self._too_late)
+        self._timer = clock.callLater(_PATIENCE, self._too_late)
         link.ask(self)
 
     def question(self, same: int) -> bytes:
@@ -537,7 +549,7 @@ def _meant(error: Exception) -> Exception:
     return error
 
 
-def _counts(answer: Any) -> tuple[int, int, str, int, bool, bool, int]:
+def _counts(answer: Any) -> tuple[int, int, str, int, int, bool, int]:
     """
     What the script returns.
 
@@ -546,8 +558,8 @@ def _counts(answer: Any) -> tuple[int, int, str, int, bool, bool, int]:
     found = _ANSWER.fullmatch(answer) if isinstance(answer, str) else None
     if found is None:
         raise ValueError(f"this is no Redis, it answers {answer!r:.100}")
-    held, others, guarded, asks_soon, queued, too_many, run = found.groups()
-    return int(held), int(others), run, int(guarded), asks_soon == "1", queued == "1", int(too_many)
+    held, others, guarded, pause, queued, too_many, run = found.groups()
+    return int(held), int(others), run, int(guarded), int(pause), queued == "1", int(too_many)
 
 
 def _seconds(ttl: object) -> float:
