@@ -769,7 +769,7 @@ async def test_a_node_of_a_cluster_that_has_not_the_limit_is_refused_in_one_sent
         assert not limit.try_acquire(None)
         await until(lambda: failures(limit) >= 3)
     assert [text.partition("used: ")[2] for text in log.texts()] == [
-        "it is one of a Redis Cluster, and another node has this limit (MOVED 3999 127.0.0.1:6381)"
+        "it is one of a Redis Cluster, and another node has what is asked for (MOVED 3999 127.0.0.1:6381)"
     ]
     await patiently(limit.close())
     node.stop()

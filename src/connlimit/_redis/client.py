@@ -290,4 +290,6 @@ def describe(error: BaseException) -> str:
         text = "its certificate is for another host"
     else:
         text = " ".join(str(error).split())
+        if text.startswith(("MOVED ", "ASK ", "CROSSSLOT")):
+            text = f"it is one of a Redis Cluster, and another node has what is asked for ({text})"
     return text[:200] or type(error).__name__

@@ -430,7 +430,7 @@ class RedisLimit:
         if not self._is_away:
             self._is_away = True
             self._away_since = since_boot()
-            self._link.complain(self, self.name, _meant(error))
+            self._link.complain(self, self.name, error)
         self._tell()
 
     def reachable(self) -> None:
@@ -538,15 +538,6 @@ class _Farewell:
 
     def _too_late(self) -> None:
         self.rejected(TimeoutError(f"no answer within {self.patience:g} s"))
-
-
-def _meant(error: Exception) -> Exception:
-    """
-    An error, and what it means if it does not say so itself.
-    """
-    if str(error).startswith(("MOVED ", "ASK ", "CROSSSLOT")):
-        return ValueError(f"it is one of a Redis Cluster, and another node has this limit ({error})")
-    return error
 
 
 def _counts(answer: Any) -> tuple[int, int, str, int, int, bool, int]:
