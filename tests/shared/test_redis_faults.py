@@ -602,8 +602,8 @@ def processes_of_their_own() -> Iterator[None]:
     Limits that are made here use connections of their own, as if each was in another process.
     """
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_redis_link, "_links", {})
-        patch.setattr(_redis_link.Link, "to", classmethod(lambda cls, *where: cls(*where)))
+        patch.setattr(link, "_links", {})
+        patch.setattr(link.Link, "to", classmethod(lambda cls, *where: cls(*where)))
         yield
 
 

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import pytest
 from pytest_twisted import ensureDeferred
-from sockets import patiently, until
+from semaphores.test_site import ours
+from shared.test_redis_limit import TTL, Redis, administer, command, failures, redis_limit
 from support import PATIENCE, Log
-from test_redis_limit import TTL, Redis, administer, command, failures, redis_limit
-from test_semaphores_http import ours
+from support.sockets import patiently, until
 from twisted.internet.threads import deferToThread
 
 #: The slots of a cluster, half of which each node has.
