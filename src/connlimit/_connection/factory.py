@@ -128,7 +128,8 @@ class LimitingFactory:
         connection.slot = connection.transport = None
         connection.connected = 0
         connection.closing = None
-        if address.__class__ is UNIXAddress and self.limiter.needs_peers:
+        kind: type = address.__class__
+        if kind is UNIXAddress and self.limiter.needs_peers:
             connection.wrappedProtocol = ArrivingProtocol(connection)
             return connection
         protocol: Any = self.first_protocol(connection)

@@ -390,14 +390,14 @@ class Limiter:
             others = f" and {len(keys) - 1} others" if len(keys) > 1 else ""
             what = f"max_per_peer is {settings.max_per_peer}" if limit is self._peers else _named(limit)
             return what if key is _UNKNOWN else f"{what}, of {_short(key)}{others}"
-        limit = self._further.lacking if self._further is not None else None
-        if limit is None:
+        further: object = self._further.lacking if self._further is not None else None
+        if further is None:
             return f"{self.active} of any number"
-        if limit is self._peers and connection is not None:
+        if further is self._peers and connection is not None:
             return f"max_per_peer is {settings.max_per_peer}, of {self._peer(connection.address)}"
-        if limit is self._rate:
+        if further is self._rate:
             return f"max_rate is {settings.max_rate} per second"
-        return f"no slot from {_named(limit)}"
+        return f"no slot from {_named(further)}"
 
     # What can be changed
 
@@ -1217,7 +1217,7 @@ class Limiter:
                 self._log.failure("{observer} failed to observe {event}", observer=observer, event=event)
 
 
-def _named(limit: ILimit) -> str:
+def _named(limit: object) -> str:
     """
     What a limit is called in the log.
     """

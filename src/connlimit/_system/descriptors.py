@@ -50,7 +50,7 @@ def limit() -> int | None:
     How many descriptors this process may have open; None if there is no telling.
     """
     if resource is None:
-        return None
+        return None  # type: ignore[unreachable]
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return None if soft == resource.RLIM_INFINITY else soft
 
@@ -72,7 +72,7 @@ def raise_limit() -> None:
     Raise the soft limit to the hard one, as far as the system lets us.
     """
     if resource is None:
-        return
+        return  # type: ignore[unreachable]
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:
         # macOS reports an unlimited hard limit that it does not accept as a soft one.

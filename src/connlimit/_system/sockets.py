@@ -10,11 +10,9 @@ import struct
 import sys
 from typing import Any
 
-try:
+if sys.platform != "win32":
     import fcntl
     import termios
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
 
 from twisted.internet.error import ConnectionAborted, ConnectionDone
 from twisted.internet.interfaces import IHalfCloseableDescriptor, IReadDescriptor, ISSLTransport
@@ -87,7 +85,7 @@ def unsent(transport: Any) -> int:
     """
     sock = socket_of(transport)
     count = buffered(transport)
-    if sock is None or fcntl is None or not hasattr(termios, "TIOCOUTQ"):
+    if sock is None or sys.platform == "win32" or not hasattr(termios, "TIOCOUTQ"):
         return count
     try:
         # For sockets it is SIOCOUTQ: tcp(7), unix(7).
@@ -131,7 +129,7 @@ def unread(descriptor: int) -> bool:
     """
     Whether the peer of the socket with this descriptor has sent something that was not read yet.
     """
-    if fcntl is None:
+    if sys.platform == "win32":
         return False
     try:
         count = fcntl.ioctl(descriptor, termios.FIONREAD, bytes(4))

@@ -356,6 +356,6 @@ def _limited(options: Options, limiter: Limiter) -> IService:
     # twistd looks for these in an application that it has made itself.
     process, twistd = IProcess(application, None), options.parent
     for name in ("uid", "gid"):
-        if process is not None and twistd is not None and name in twistd and twistd[name] is None:
+        if process is not None and twistd is not None and name in twistd and twistd[name] is None:  # type: ignore[redundant-expr]
             twistd[name] = getattr(process, name)
     return IService(application)

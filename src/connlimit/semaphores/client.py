@@ -72,7 +72,8 @@ class Semaphores:
         :param headers: what else is sent with each request, such as a token for a proxy before the server.
         :raises ValueError: for a wrong value.
         """
-        if isinstance(expires_in, bool) or not isinstance(expires_in, (int, float)) or not expires_in >= 0.1:
+        is_number = isinstance(expires_in, (int, float)) and not isinstance(expires_in, bool)  # type: ignore[redundant-expr]
+        if not is_number or not expires_in >= 0.1:
             raise ValueError(f"expires_in must be a number of seconds, 0.1 or more, not {expires_in!r}")
         if reactor is None:
             from twisted.internet import reactor
@@ -453,7 +454,7 @@ class Lock:
     """
 
     def __init__(self, peer: Peer, name: str, count: int, timeout: float | None) -> None:
-        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+        if isinstance(count, bool) or not isinstance(count, int) or count < 1:  # type: ignore[redundant-expr]
             raise ValueError(f"count must be a whole number, 1 or more, not {count!r}")
         if timeout is not None and not timeout >= 0:
             raise ValueError(f"timeout must be a number of seconds, 0 or more, or None, not {timeout!r}")

@@ -112,9 +112,9 @@ class RedisLimit:
             ``?when_unreachable=`` of the URL says, or ``hold``.
         :raises ValueError: for a wrong value.
         """
-        if not isinstance(name, str) or not name:
+        if not isinstance(name, str) or not name:  # type: ignore[redundant-expr]
             raise ValueError(f"name must be a text of at least one character, not {name!r}")
-        if isinstance(slots, bool) or not isinstance(slots, int) or slots < 0:
+        if isinstance(slots, bool) or not isinstance(slots, int) or slots < 0:  # type: ignore[redundant-expr]
             raise ValueError(f"slots must be a whole number, 0 or more, not {slots!r}")
         self.address = RedisAddress.from_url(url)
         parameters = url_parameters(url)
@@ -563,7 +563,7 @@ def _seconds(ttl: object) -> float:
     return seconds
 
 
-def _unreachable(text: str) -> tuple[bool, int]:
+def _unreachable(text: object) -> tuple[bool, int]:
     """
     Whether to refuse while Redis is unreachable, and how many slots to use then.
     """

@@ -59,7 +59,7 @@ class ThrottleLimit:
         :param expires_in: seconds after which the slots of a process that is not heard of are free again.
         :raises ValueError: for a wrong value.
         """
-        if not isinstance(semaphore, str) or not semaphore:
+        if not isinstance(semaphore, str) or not semaphore:  # type: ignore[redundant-expr]
             raise ValueError(f"semaphore must be a text of at least one character, not {semaphore!r}")
         if reactor is None:
             from twisted.internet import reactor

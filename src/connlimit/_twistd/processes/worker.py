@@ -85,7 +85,7 @@ class Worker(Alone):
         """
         See `Alone.continued`: that of which the parent lends slots now.
         """
-        limit = self._limit_of(name)
+        limit: object = self._limit_of(name)
         return next((each for each in limiters if limit in each.limits or not self._borrows(each)), None)
 
     def _borrows(self, limiter: Limiter) -> bool:
@@ -177,7 +177,7 @@ class Worker(Alone):
         """
         for limiter in self._reporters.keys() - set(program.limiters.values()):
             limiter.remove_observer(self._reporters.pop(limiter))
-        in_use = {limit for limiter in program.all_limiters() for limit in limiter.limits}
+        in_use: set[object] = {limit for limiter in program.all_limiters() for limit in limiter.limits}
         self._limits = {
             name: limit for name, limit in self._limits.items() if limit in in_use or not limit.is_unused()
         }

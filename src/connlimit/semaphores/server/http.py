@@ -225,7 +225,8 @@ class HttpConnection(Protocol):
             return
         was_idle = self.expected == "idle"
         self._parse(data)
-        if was_idle and self._size and self._answering is None and not self._is_deaf:
+        is_free = self._answering is None  # parsing may have begun an answer
+        if was_idle and self._size and is_free and not self._is_deaf:
             self.factory.expect(self, "request")
 
     def _parse(self, data: bytes) -> None:
@@ -443,7 +444,7 @@ class HttpConnection(Protocol):
             unparsed, self._unparsed = self._unparsed, b""
             if unparsed:
                 self._parse(unparsed)
-            if self._answering is None and not self._unparsed and not self._is_deaf and not self._has_turn:
+            if self._answering is None and not self._unparsed and not self._has_turn and not self._is_deaf:
                 self._check()
                 if self._wrong is not None:
                     self._refuse(*self._wrong)
