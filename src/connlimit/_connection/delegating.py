@@ -1,52 +1,31 @@
 """
-One connection's life: the protocol that delegates, first to the one that waits, then to the real one.
+What Twisted takes for the protocol of a connection, and what the limiter decides about.
 
-Whatever an application raises is caught where it would reach others: even ``SystemExit``, as in the reactor.
+Its delegate is first the one that waits, then the real protocol. Whatever an application raises is caught
+where it would reach others: even ``SystemExit``, as in the reactor.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache, lru_cache, partial
+from functools import partial
 from typing import Any
 from typing import Protocol as TypingProtocol
 
-from twisted.internet.address import UNIXAddress
-from twisted.internet.interfaces import (
-    IAddress,
-    IFileDescriptorReceiver,
-    IHalfCloseableProtocol,
-    IHandshakeListener,
-    ILoggingContext,
-    IProtocol,
-    ISSLTransport,
-)
-from twisted.internet.protocol import Protocol, connectionDone
-from twisted.protocols.policies import ProtocolWrapper
+from twisted.internet.interfaces import IAddress, ILoggingContext, IProtocol, ISSLTransport
+from twisted.internet.protocol import connectionDone
 from twisted.python.failure import Failure
-from zope.interface import implementer, providedBy
+from zope.interface import Interface, implementer
 
-from connlimit._connection import departures
 from connlimit._connection.at_rest import close, is_at_rest, is_producing
 from connlimit._connection.closing import MOST, QUIET, Patience
+from connlimit._connection.names import class_called, log_prefix
 from connlimit._limiter.limiter import Limiter
-from connlimit._limiter.peers import UNIXPeer
 from connlimit._system import descriptors, sockets
 from connlimit._system.bounded_log import BoundedLog
-from connlimit.interfaces import IConnection, ISlotKeeper
-
-#: How many pieces are kept that a transport delivers although it is paused.
-_MOST_KEPT = 64
+from connlimit.interfaces import IConnection
 
 _set_class = object.__dict__["__class__"].__set__
-
-
-@lru_cache(maxsize=1024)
-def _wrapper_called(name: str) -> type[ProtocolWrapper]:
-    """
-    The class of wrappers by another name.
-    """
-    return type(name, (ProtocolWrapper,), {})
 
 
 class IFactory(TypingProtocol):
@@ -68,13 +47,34 @@ class IFactory(TypingProtocol):
     def build_refusal(self, address: IAddress, reason: str) -> IProtocol | None: ...
 
 
+class IPlaceholder(Interface):
+    """
+    A delegate that holds the place of the real protocol while the connection waits. None of these raises.
+    """
+
+    def serve() -> None:
+        """
+        See `IConnection.serve`.
+        """
+
+    def refuse(reason: str) -> None:
+        """
+        See `IConnection.refuse`.
+        """
+
+    def reconsider() -> None:
+        """
+        See `IConnection.reconsider`.
+        """
+
+
 @implementer(IConnection, IProtocol, ILoggingContext)
 class DelegatingProtocol:  # type: ignore[misc]  # connectionMade is for makeConnection to call
     """
     What Twisted takes for the protocol of a connection; hands every event on to its delegate.
 
-    The delegate, ``wrappedProtocol``, is either the real protocol or the `WaitingProtocol` that holds
-    its place. It gets the real transport, not this object.
+    The delegate, ``wrappedProtocol``, is either the real protocol or an `IPlaceholder` that holds its place.
+    It gets the real transport, not this object.
 
     Per event it costs one call. The delegate's method is looked up each time, since real protocols
     replace their own methods while they run.
@@ -119,30 +119,15 @@ class DelegatingProtocol:  # type: ignore[misc]  # connectionMade is for makeCon
         """
         _set_class(self, cls)
 
-    __class__ = property(lambda self: _wrapper_called(self.wrappedProtocol.__class__.__name__), become)
+    __class__ = property(lambda self: class_called(self.wrappedProtocol.__class__.__name__), become)
 
     def logPrefix(self) -> str:
         """
         The log prefix that the delegate would have without us.
         """
-        delegate: Any = self.wrappedProtocol
-        if isinstance(delegate, Protocol) or ILoggingContext.providedBy(delegate):
-            prefix: str = delegate.logPrefix()
-            return prefix
-        name: str = delegate.__class__.__name__
-        return name
+        return log_prefix(self.wrappedProtocol)
 
     # Events, in the order of a connection's life
-
-    def delegate_to(self, protocol: IProtocol) -> None:
-        """
-        Let the protocol have all further events, and provide what it provides.
-        """
-        self.wrappedProtocol = protocol
-        address = self.address
-        self.become(class_for(providedBy(protocol)))
-        self.address = address
-        self.has_delegate()
 
     def has_delegate(self) -> None:
         """
@@ -204,68 +189,14 @@ class DelegatingProtocol:  # type: ignore[misc]  # connectionMade is for makeCon
     def serve(self) -> None:
         """
         Put the real protocol in the place of the one that waits.
-
-        The transport is reading again before the real protocol sees it: one that pauses it in
-        ``connectionMade`` must stay paused. What arrived during the wait follows ``connectionMade``.
         """
-        waiting: WaitingProtocol = self.wrappedProtocol
-        waiting.stop_watching()
-        try:
-            protocol: Any = self.factory.wrappedFactory.buildProtocol(self.address)
-            self.factory.learn_from(protocol)
-            if not self._put_in_place(protocol):
-                return
-            self.take_names(WaitingProtocol)
-        except BaseException:
-            self.factory.connection_log.failure("{connection} could not be served", connection=self)
-            self.abort()
-            return
-        try:
-            protocol.makeConnection(self.transport)
-        except BaseException:
-            # As without us: Twisted logs it and leaves the connection open.
-            self.factory.connection_log.failure("{protocol} failed to make its connection", protocol=protocol)
-        try:
-            for data in waiting.kept:
-                if self.connected and not self.transport.disconnecting:
-                    self.dataReceived(data)
-        except BaseException:
-            self.factory.connection_log.failure(
-                "{protocol} failed to receive what it was sent", protocol=protocol
-            )
-            self.abort()
+        self.wrappedProtocol.serve()
 
     def refuse(self, reason: str) -> None:
         """
         Put the protocol that refuses in the place of the one that waits.
         """
-        waiting: WaitingProtocol = self.wrappedProtocol
-        waiting.stop_watching()
-        try:
-            protocol: Any = self.factory.build_refusal(self.address, reason)
-            if not self._put_in_place(protocol):
-                return
-            protocol.makeConnection(self.transport)
-            for data in waiting.kept:
-                self.dataReceived(data)
-        except BaseException:
-            self.factory.connection_log.failure("{connection} could not be refused", connection=self)
-            self.abort()
-
-    def _put_in_place(self, protocol: IProtocol | None) -> bool:
-        """
-        Let a protocol have the place of the one that waits, and reading resume; close if there is none.
-
-        :return: whether there is one, and the connection is still there.
-        """
-        if protocol is None:
-            self.transport.loseConnection()
-            return False
-        self.transport.resumeProducing()
-        if not self.connected:
-            return False
-        self.delegate_to(protocol)
-        return True
+        self.wrappedProtocol.refuse(reason)
 
     def close(self, gave_up: Callable[[], None] | None = None) -> None:
         """
@@ -334,7 +265,7 @@ class DelegatingProtocol:  # type: ignore[misc]  # connectionMade is for makeCon
         """
         A setting has changed that decides whether the client has departed.
         """
-        if isinstance(self.wrappedProtocol, WaitingProtocol):
+        if IPlaceholder.providedBy(self.wrappedProtocol):
             self.wrappedProtocol.reconsider()
 
     def is_dead(self) -> bool:
@@ -342,246 +273,3 @@ class DelegatingProtocol:  # type: ignore[misc]  # connectionMade is for makeCon
         Whether the socket is gone or was reset.
         """
         return sockets.is_dead(self.transport)
-
-    def take_names(self, placeholder: type) -> None:
-        """
-        Let the transport log and show itself under the name of the real protocol, as if that had been there
-        at first.
-
-        :param placeholder: what was there at first.
-        """
-        transport = sockets.lowest(self.transport)
-        was, prefix = placeholder.__name__, self.logPrefix()
-        # Inside TLS the first is "WaitingProtocol (BufferingTLSTransport),7,127.0.0.1".
-        if getattr(transport, "logstr", "").startswith(was):
-            transport.logstr = prefix + transport.logstr[len(was) :]
-        if getattr(transport, "repstr", "").startswith(f"<{was} "):
-            name = self.wrappedProtocol.__class__.__name__
-            transport.repstr = f"<{name}{transport.repstr[len(was) + 1 :]}"
-
-
-class _Addressless(DelegatingProtocol):
-    """
-    A connection that keeps no address, as it waits and its transport has it, too.
-    """
-
-    __slots__ = ()
-
-    @property
-    def address(self) -> Any:
-        return self.transport.getPeer()
-
-
-@implementer(IProtocol)
-class ArrivingProtocol:  # type: ignore[misc]  # connectionMade is for makeConnection to call
-    """
-    Holds the place of a connection on a UNIX socket until there is a transport, as that alone shows the peer.
-
-    The limiter is asked then, and decides as it would have before.
-    """
-
-    __slots__ = ("_connection",)
-
-    def __init__(self, connection: DelegatingProtocol) -> None:
-        self._connection = connection
-
-    def makeConnection(self, transport: Any) -> None:
-        connection = self._connection
-        sock = sockets.socket_of(transport)
-        if sock is not None:
-            connection.address = UNIXPeer(connection.address.name, sockets.peer_uid(sock))
-        protocol: Any = connection.factory.first_protocol(connection)
-        if protocol is None:
-            transport.loseConnection()
-            return
-        connection.delegate_to(protocol)
-        connection.take_names(ArrivingProtocol)
-        protocol.makeConnection(transport)
-
-    def dataReceived(self, data: bytes) -> None:
-        """
-        Nothing is read before there is a transport, nor after it was closed.
-        """
-
-    def connectionLost(self, reason: Failure = connectionDone) -> None:
-        """
-        There was no protocol for it, and nobody waits or is served.
-        """
-
-
-@implementer(IProtocol)
-class WaitingProtocol:  # type: ignore[misc]  # connectionMade is for makeConnection to call
-    """
-    Holds a connection's place while it waits: nothing is read, and nothing that still comes is lost.
-
-    There can be tens of thousands, so it is as small as an object can be.
-
-    :ivar kept: what the transport delivered although it was paused, in order.
-    """
-
-    __slots__ = ("_departures", "_descriptor", "connection", "kept")
-
-    def __init__(self, connection: DelegatingProtocol) -> None:
-        self.connection = connection
-        self.kept: tuple[bytes, ...] = ()
-        self._departures: Any = None
-
-    def makeConnection(self, transport: Any) -> None:
-        transport.pauseProducing()
-        connection = self.connection
-        sock = sockets.socket_of(transport)
-        if sock is not None:
-            self._descriptor = sock.fileno()
-            reactor = sockets.lowest(transport).reactor
-            connection.factory.limiter.run_in(reactor)
-            self._departures = departures.of(reactor)
-            self._departures.watch(self._descriptor, self)
-            if isinstance(connection.address, UNIXPeer):
-                pass
-            elif isinstance(connection.address, UNIXAddress):
-                connection.address = UNIXPeer(connection.address.name, sockets.peer_uid(sock))
-            else:
-                del connection.address
-                connection.become(_Addressless)
-        connection.factory.limiter.wait(connection)
-
-    def dataReceived(self, data: bytes) -> None:
-        # Seldom, and never more than twice: what TLS had decrypted already.
-        self.kept += (data,)
-        if len(self.kept) > _MOST_KEPT:
-            self.connection.factory.connection_log.warn(
-                "{transport} delivers without end while it is paused; ended",
-                transport=self.connection.transport,
-            )
-            self.client_departed()
-
-    def connectionLost(self, reason: Failure = connectionDone) -> None:
-        self.stop_watching()
-        self.connection.factory.limiter.depart(self.connection)
-
-    # What the departures ask and tell
-
-    def departs_with(self, unread: bool) -> bool:
-        """
-        Whether a client has departed that closed its direction: if it sent something, that may be all it
-        had to say. TLS cannot even shake hands with such a client.
-        """
-        connection = self.connection
-        return not unread or connection.is_tls or connection.factory.departs_on_half_close()
-
-    def reconsider(self) -> None:
-        """
-        What `departs_with` says may have changed.
-        """
-        if self._departures is not None:
-            self._departures.look_again(self._descriptor, self)
-
-    def client_departed(self) -> None:
-        """
-        The client went away.
-        """
-        self.stop_watching()
-        try:
-            self.connection.factory.limiter.depart(self.connection)
-        finally:
-            self.connection.abort()
-
-    def stop_watching(self) -> None:
-        """
-        It does not wait any more.
-        """
-        if self._departures is not None:
-            self._departures.unwatch(self._descriptor, self)
-            self._departures = None
-
-
-# An event that the real protocol hears only if it provides an interface must reach it then, and must
-# be none of ours otherwise. So the class of a connection is put together of what its delegate provides.
-
-
-@implementer(IHalfCloseableProtocol)
-class _HalfCloseable(DelegatingProtocol):
-    __slots__ = ()
-
-    def readConnectionLost(self) -> None:
-        self.wrappedProtocol.readConnectionLost()
-
-    def writeConnectionLost(self) -> None:
-        self.wrappedProtocol.writeConnectionLost()
-
-
-@implementer(IHandshakeListener)
-class _HandshakeListener(DelegatingProtocol):
-    __slots__ = ()
-
-    def handshakeCompleted(self) -> None:
-        self.wrappedProtocol.handshakeCompleted()
-
-
-@implementer(IFileDescriptorReceiver)
-class _FileDescriptorReceiver(DelegatingProtocol):
-    __slots__ = ()
-
-    def fileDescriptorReceived(self, descriptor: int) -> None:
-        self.wrappedProtocol.fileDescriptorReceived(descriptor)
-
-
-class _SlotKept(DelegatingProtocol):
-    """
-    Its delegate says when the slot is free.
-    """
-
-    __slots__ = ()
-
-    def has_delegate(self) -> None:
-        self.wrappedProtocol.keep_slot(self._release_slot)
-
-    def makeConnection(self, transport: Any) -> None:
-        self.has_delegate()
-        super().makeConnection(transport)
-
-    def connectionLost(self, reason: Failure = connectionDone) -> None:
-        self.connected = 0
-        try:
-            self.wrappedProtocol.connectionLost(reason)
-        except BaseException:
-            self._release_slot()
-            raise
-
-    def _release_slot(self) -> None:
-        self.factory.limiter.finish(self)
-
-    def is_dead(self) -> bool:
-        return bool(self.wrappedProtocol.is_over())
-
-    def abort(self) -> None:
-        try:
-            self.wrappedProtocol.abort_all()
-        except BaseException:
-            self.factory.connection_log.failure("{connection} could not be ended", connection=self)
-        super().abort()
-
-
-_forwarding = {
-    IHalfCloseableProtocol: _HalfCloseable,
-    IHandshakeListener: _HandshakeListener,
-    IFileDescriptorReceiver: _FileDescriptorReceiver,
-    ISlotKeeper: _SlotKept,
-}
-
-
-@lru_cache(maxsize=1024)
-def class_for(provided: Any) -> type[DelegatingProtocol]:
-    """
-    The class for connections whose delegate provides the interfaces.
-
-    Cached, since it is asked for each connection: a declaration is one object for all instances of a class.
-    """
-    return _combined(tuple(cls for interface, cls in _forwarding.items() if provided.isOrExtends(interface)))
-
-
-@cache
-def _combined(classes: tuple[type[DelegatingProtocol], ...]) -> type[DelegatingProtocol]:
-    if not classes:
-        return DelegatingProtocol
-    return type("DelegatingProtocol", classes, {"__doc__": DelegatingProtocol.__doc__, "__slots__": ()})

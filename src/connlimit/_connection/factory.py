@@ -19,7 +19,9 @@ from twisted.logger import Logger
 from zope.interface import alsoProvides, implementer, providedBy
 
 from connlimit._connection import in_use, known_protocols, refused
-from connlimit._connection.delegating import ArrivingProtocol, DelegatingProtocol, WaitingProtocol, class_for
+from connlimit._connection.delegating import DelegatingProtocol
+from connlimit._connection.forwarding import class_for
+from connlimit._connection.waiting import ArrivingProtocol, WaitingProtocol
 from connlimit._limiter.limiter import Limiter
 from connlimit._system.bounded_log import BoundedLog
 
