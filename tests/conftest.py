@@ -8,7 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support import make_certificate, require_program
+from support.applications import Running
+from support.programs import require_program, running
+from support.redis import Redis
+from support.tls import make_certificate
 
 
 @pytest.fixture
@@ -33,3 +36,26 @@ def browser() -> Iterator[object]:
     driver = webdriver.Chrome(options, webdriver.ChromeService(require_program("chromedriver")))
     yield driver
     driver.quit()
+
+
+@pytest.fixture(scope="module")
+def redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Redis]:
+    """
+    A Redis that has been up for a while.
+    """
+    running = Redis(tmp_path_factory.mktemp("redis")).start()
+    yield running
+    running.stop()
+
+
+@pytest.fixture
+def configured(tmp_path: Path) -> Iterator[Running]:
+    """
+    A running program with one limiter of two slots, and one service.
+    """
+    it = Running(tmp_path)
+    it.write("[limiters.main]\nmax_connections = 2\n" + it.service())
+    with running("connlimit", "--config", str(it.path), cwd=tmp_path) as program:
+        it.program = program
+        program.wait_for("2 served at once")
+        yield it

@@ -9,7 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from support import PATIENCE
+from support.patience import PATIENCE
 
 ROOT = Path(__file__).parent.parent
 

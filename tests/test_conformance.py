@@ -26,8 +26,11 @@ from typing import Any
 
 import pytest
 from pytest_twisted import ensureDeferred
-from support import PATIENCE, make_certificate, read_all, require_program, talk_tls
+from support.clients import read_all
+from support.patience import PATIENCE
+from support.programs import require_program
 from support.sockets import patiently
+from support.tls import make_certificate, talk_tls
 from twisted.internet import reactor
 from twisted.internet.defer import Deferred
 from twisted.internet.endpoints import TCP4ClientEndpoint

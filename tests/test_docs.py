@@ -17,8 +17,10 @@ from typing import Any
 import attrs
 import pytest
 from pytest_twisted import ensureDeferred
-from semaphores.test_site import ours
-from support import PATIENCE, Log, require_program, running
+from support.logs import Log
+from support.patience import PATIENCE
+from support.programs import require_program, running
+from support.semaphores import ours
 from support.sockets import patiently
 from twisted.internet import endpoints
 from twisted.internet.defer import ensureDeferred as start

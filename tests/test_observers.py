@@ -10,8 +10,9 @@ import subprocess
 import sysconfig
 from pathlib import Path
 
-from limiter.test_limiter import LimiterTestCase
-from support import PATIENCE, Log
+from support.limiters import LimiterTestCase
+from support.logs import Log
+from support.patience import PATIENCE
 from twisted.logger import LogLevel
 from zope.interface import implementer
 

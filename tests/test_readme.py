@@ -12,7 +12,7 @@ import textwrap
 from pathlib import Path
 
 import pytest
-from support import PATIENCE
+from support.patience import PATIENCE
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.rst").read_text()

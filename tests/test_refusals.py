@@ -19,9 +19,13 @@ from pathlib import Path
 
 import pytest
 from pytest_twisted import ensureDeferred
-from support import PATIENCE, Log, read_all, require_program
+from support.clients import read_all
 from support.fakes import ApplicationError, RecordingFactory
-from support.sockets import Client, connected, listening, patiently, until, wrap_server_tls
+from support.logs import Log
+from support.patience import PATIENCE
+from support.programs import require_program
+from support.sockets import Client, connected, listening, patiently, until
+from support.tls import wrap_server_tls
 from twisted.internet import reactor
 from twisted.internet.endpoints import serverFromString
 from twisted.internet.protocol import Factory, Protocol

@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from support import PATIENCE
+from support.patience import PATIENCE
 
 SECONDS = 10
 

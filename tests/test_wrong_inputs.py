@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from limiter.test_settings import VALUES
+from support.applications import ECHO, TAC
 from support.fakes import RecordingFactory
-from twistd.test_command_line import ECHO, TAC
+from support.settings import VALUES
 from twisted.internet import reactor
 from twisted.internet.endpoints import quoteStringArgument, serverFromString
 

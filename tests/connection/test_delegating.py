@@ -4,8 +4,8 @@ One connection's life, in every order of events.
 
 from __future__ import annotations
 
-from limiter.test_limiter import LimiterTestCase
 from support.fakes import ApplicationError, FakeConnection, RecordingFactory, RecordingProtocol
+from support.limiters import LimiterTestCase
 from twisted.internet.protocol import Factory, Protocol
 
 

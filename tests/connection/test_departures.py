@@ -17,9 +17,11 @@ from types import SimpleNamespace
 
 import pytest
 from pytest_twisted import ensureDeferred
-from support import PATIENCE, Log
 from support.fakes import ApplicationError
-from support.sockets import connected, listening, patiently, until, wrap_server_tls
+from support.logs import Log
+from support.patience import PATIENCE
+from support.sockets import connected, listening, patiently, until
+from support.tls import wrap_server_tls
 from twisted.internet import reactor
 from twisted.internet.endpoints import serverFromString
 from twisted.internet.protocol import Factory, Protocol

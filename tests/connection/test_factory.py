@@ -6,8 +6,8 @@ from __future__ import annotations
 
 from copy import copy
 
-from limiter.test_limiter import LimiterTestCase
 from support.fakes import ApplicationError, FakeConnection, RecordingFactory
+from support.limiters import LimiterTestCase
 from twisted.internet.interfaces import IConsumer, IProtocolFactory, IProtocolNegotiationFactory
 from twisted.internet.protocol import ClientFactory, Factory, Protocol
 from zope.interface import alsoProvides, implementer

@@ -4,7 +4,7 @@ Connections provide what their delegates provide.
 
 from __future__ import annotations
 
-from limiter.test_limiter import LimiterTestCase
+from support.limiters import LimiterTestCase
 from twisted.internet.interfaces import IFileDescriptorReceiver, IHalfCloseableProtocol, IHandshakeListener
 from twisted.internet.protocol import Protocol
 from zope.interface import implementer

@@ -4,8 +4,8 @@ What the log calls a connection.
 
 from __future__ import annotations
 
-from limiter.test_limiter import LimiterTestCase
 from support.fakes import FakeConnection
+from support.limiters import LimiterTestCase
 from twisted.internet.interfaces import ILoggingContext
 from twisted.internet.protocol import Protocol
 

@@ -14,9 +14,10 @@ from pathlib import Path
 
 import pytest
 from pytest_twisted import ensureDeferred
-from support import Log, talk_tls
 from support.fakes import ApplicationError, RecordingFactory
-from support.sockets import Client, connected, listening, patiently, until, wrap_server_tls
+from support.logs import Log
+from support.sockets import Client, connected, listening, patiently, until
+from support.tls import talk_tls, wrap_server_tls
 from twisted.internet import reactor
 from twisted.internet.endpoints import TCP4ServerEndpoint
 from twisted.internet.interfaces import IHalfCloseableProtocol, IHandshakeListener, IListeningPort

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 from pytest_twisted import ensureDeferred
-from support import talk_tls
 from support.fakes import RecordingFactory
-from support.sockets import all_connected, connected, listening, patiently, until, wrap_server_tls
+from support.sockets import all_connected, connected, listening, patiently, until
+from support.tls import talk_tls, wrap_server_tls
 from twisted.internet import reactor, task
 from twisted.internet.endpoints import TCP4ServerEndpoint
 from twisted.internet.threads import deferToThread

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from pytest_twisted import ensureDeferred
-from support import PATIENCE
+from support.patience import PATIENCE
 from support.sockets import patiently, until
 from twisted.internet import interfaces, reactor
 from twisted.internet.endpoints import serverFromString

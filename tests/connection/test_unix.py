@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 from pytest_twisted import ensureDeferred
-from support import Log
 from support.fakes import ApplicationError, RecordingFactory
+from support.logs import Log
 from support.sockets import all_connected, connected, listening, until
 from twisted.internet.protocol import Factory, Protocol
 

@@ -4,9 +4,9 @@ Who holds a place loses nothing, and gives way to the real protocol or to a refu
 
 from __future__ import annotations
 
-from limiter.test_limiter import LimiterTestCase
-from support import Log
 from support.fakes import ApplicationError, FakeConnection, RecordingProtocol
+from support.limiters import LimiterTestCase
+from support.logs import Log
 from twisted.internet.protocol import Protocol
 
 from connlimit._connection.waiting import WaitingProtocol

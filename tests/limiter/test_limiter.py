@@ -11,8 +11,9 @@ from collections.abc import Callable
 
 import attrs
 import pytest
-from support import Log
 from support.fakes import ApplicationError, FakeConnection, RecordingFactory
+from support.limiters import LimiterTestCase
+from support.logs import Log
 from twisted.internet.address import IPv4Address
 from twisted.internet.task import Clock
 from twisted.trial.unittest import SynchronousTestCase
@@ -28,61 +29,6 @@ from connlimit.interfaces import IConnection, ILimit, ILimiterObserver, IRefusin
 from connlimit.limits import PerKey, PerPeer, Total
 from connlimit.observers import LimiterObserver
 from connlimit.refusals import Say
-
-
-class LimiterTestCase(SynchronousTestCase):
-    """
-    A limiter before one recording factory, and clients by the number.
-    """
-
-    def limited(self, *args: object, **settings: object) -> Limiter:
-        self.clock = settings.setdefault("clock", Clock())
-        self.limiter = Limiter(*args, **settings)
-        self.server = RecordingFactory()
-        self.factory = LimitingFactory(self.server, self.limiter)
-        self.clients: list[FakeConnection] = []
-        return self.limiter
-
-    def connect(self, count: int = 1, **how: object) -> list[FakeConnection]:
-        new = [
-            FakeConnection(self.clock, number=len(self.clients) + index, **how).connect(self.factory)
-            for index in range(count)
-        ]
-        self.clients += new
-        self.turn()
-        return new
-
-    def turn(self) -> None:
-        """
-        Let everything happen that is due.
-        """
-        while any(call.getTime() <= self.clock.seconds() for call in self.clock.getDelayedCalls()):
-            self.clock.advance(0)
-
-    def close(self, *clients: FakeConnection) -> None:
-        for client in clients:
-            client.close()
-        self.turn()
-
-    def served(self) -> list[int]:
-        """
-        The numbers of the clients that were served, in the order of their turns.
-        """
-        return [address.port - 10000 for address in self.server.addresses]
-
-    def assert_counts(self, **expected: object) -> None:
-        snapshot = self.limiter.snapshot()
-        refused = {reason: count for reason, count in snapshot.refused.items() if count}
-        actual = {name: refused if name == "refused" else getattr(snapshot, name) for name in expected}
-        self.assertEqual(actual, expected)
-        self.assertEqual(
-            snapshot.accepted,
-            snapshot.active
-            + snapshot.waiting
-            + snapshot.finished
-            + snapshot.departed
-            + sum(snapshot.refused.values()),
-        )
 
 
 class ServingTests(LimiterTestCase):

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 from pytest_twisted import ensureDeferred
-from support import talk_tls
 from support.fakes import RecordingFactory
 from support.sockets import connected, patiently, until
+from support.tls import talk_tls
 from twisted.internet import reactor
 from twisted.internet.endpoints import serverFromString
 from twisted.internet.interfaces import ISSLTransport

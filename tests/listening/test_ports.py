@@ -14,8 +14,9 @@ from pathlib import Path
 
 import pytest
 from pytest_twisted import ensureDeferred
-from support import PATIENCE, running
 from support.fakes import RecordingFactory
+from support.patience import PATIENCE
+from support.programs import running
 from support.sockets import connected, patiently, until
 from twisted.internet import reactor
 from twisted.internet.endpoints import serverFromString

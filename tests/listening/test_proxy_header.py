@@ -11,8 +11,11 @@ from pathlib import Path
 
 import pytest
 from pytest_twisted import ensureDeferred
-from support import ECHO, PATIENCE, Log, running
+from support.applications import ECHO
 from support.fakes import RecordingFactory
+from support.logs import Log
+from support.patience import PATIENCE
+from support.programs import running
 from support.sockets import Client, all_closed, connected, patiently, until
 from twisted.internet import reactor, task
 from twisted.internet.endpoints import TCP4ServerEndpoint, serverFromString

@@ -19,8 +19,10 @@ from typing import Any
 
 import pytest
 from pytest_twisted import ensureDeferred
-from semaphores.test_site import Server, original, ours
-from support import PATIENCE, Log, free_port
+from support.clients import free_port
+from support.logs import Log
+from support.patience import PATIENCE
+from support.semaphores import Server, original, ours
 from support.sockets import patiently, until
 from twisted.internet import reactor
 from twisted.internet.defer import CancelledError, gatherResults

@@ -14,8 +14,10 @@ from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 
 import pytest
-from semaphores.test_site import Server, ours
-from support import PATIENCE, read_all, running
+from support.clients import read_all
+from support.patience import PATIENCE
+from support.programs import running
+from support.semaphores import Server, ours
 
 HEALTH = b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"
 

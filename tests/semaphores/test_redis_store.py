@@ -17,9 +17,11 @@ from pathlib import Path
 
 import pytest
 from pytest_twisted import ensureDeferred
-from semaphores.test_site import Server, in_thread, ours, wait_until_pending
-from shared.test_redis_limit import PATIENCE, Redis
-from support import read_all, running
+from support.clients import read_all
+from support.patience import PATIENCE
+from support.programs import running
+from support.redis import Redis
+from support.semaphores import Server, in_thread, ours, wait_until_pending
 from twisted.internet import reactor
 from twisted.internet.defer import Deferred, DeferredList
 

@@ -13,8 +13,9 @@ import socket
 from contextlib import closing
 from pathlib import Path
 
-from semaphores.test_site import Server, ours
-from support import PATIENCE, read_all
+from support.clients import read_all
+from support.patience import PATIENCE
+from support.semaphores import Server, ours
 
 RECORDED = json.loads((Path(__file__).parent / "wire.json").read_text())
 

@@ -14,9 +14,11 @@ from pathlib import Path
 
 import pytest
 from pytest_twisted import ensureDeferred
-from semaphores.test_site import ours
-from shared.test_redis_limit import TTL, Redis, administer, command, failures, redis_limit
-from support import PATIENCE, Log
+from support.logs import Log
+from support.patience import PATIENCE
+from support.redis import TTL, Redis, command
+from support.redis_limits import administer, failures, redis_limit
+from support.semaphores import ours
 from support.sockets import patiently, until
 from twisted.internet.threads import deferToThread
 

@@ -21,22 +21,20 @@ from pathlib import Path
 
 import pytest
 from pytest_twisted import ensureDeferred
-from shared.test_redis_limit import (
+from support.logs import Log
+from support.patience import PATIENCE
+from support.redis import TTL, Redis, Service
+from support.redis_limits import (
     NUMBERS,
-    TTL,
     WORKER,
     Answering,
     Asker,
     Backend,
-    Redis,
-    Service,
     administer,
     failures,
-    redis,
     redis_limit,
     script,
 )
-from support import PATIENCE, Log
 from support.sockets import patiently, until
 from twisted.internet import reactor
 from twisted.internet.defer import fail, gatherResults
@@ -45,8 +43,6 @@ from twisted.internet.threads import deferToThread
 
 from connlimit._redis import link
 from connlimit._system.since_boot import since_boot
-
-__all__ = ["redis"]
 
 #: When the examples begin, by clocks that the tests set.
 NOW = 1_000_000.0

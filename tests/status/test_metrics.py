@@ -15,7 +15,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support import ECHO, PATIENCE, free_port, require_program, running
+from support.applications import ECHO
+from support.clients import free_port
+from support.patience import PATIENCE
+from support.programs import require_program, running
 
 pytest.importorskip("prometheus_client")
 

@@ -21,19 +21,12 @@ from pathlib import Path
 
 import pytest
 from pytest_twisted import ensureDeferred
-from status.test_guarded_site import TurnsClock
-from support import (
-    ECHO,
-    PATIENCE,
-    Program,
-    failing,
-    free_port,
-    page_until,
-    read_all,
-    require_program,
-    running,
-)
+from support.applications import ECHO
+from support.clients import free_port, page_until, read_all
+from support.clocks import TurnsClock
 from support.fakes import RecordingFactory
+from support.patience import PATIENCE
+from support.programs import Program, failing, require_program, running
 from support.sockets import connected, listening, until
 from twisted.internet import reactor
 from twisted.internet.address import IPv4Address, IPv6Address, UNIXAddress

@@ -12,7 +12,8 @@ import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
-from support import PATIENCE, free_port
+from support.clients import free_port
+from support.patience import PATIENCE
 
 from connlimit.status import top
 

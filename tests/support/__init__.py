@@ -1,262 +1,28 @@
 """
-What several test modules share: a real program under test, and real clients that block in their own thread.
+What several test modules share, by subject.
 """
 
 from __future__ import annotations
 
-import os
-import re
-import shutil
-import signal
-import socket
-import ssl
-import subprocess
-import sysconfig
-import threading
-import time
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
-from pathlib import Path
+from support.applications import ECHO
+from support.clients import free_port, page_until, read_all
+from support.logs import Log
+from support.patience import PATIENCE
+from support.programs import Program, failing, require_program, running, twistd_command
+from support.tls import make_certificate, talk_tls
 
-import pytest
-from twisted.logger import LogLevel, formatEvent, globalLogPublisher
-
-#: How long anything on this machine may take before a test gives up, in seconds.
-PATIENCE = 30.0
-
-#: The module of a server that a program under test can import.
-ECHO = """
-from twisted.internet.protocol import Factory, Protocol
-
-class Echo(Protocol):
-    def dataReceived(self, data):
-        self.transport.write(data)
-
-factory = Factory.forProtocol(Echo)
-"""
-
-
-def require_program(name: str) -> str:
-    """
-    The path of a real program; the test is skipped where there is none, and fails where there must be.
-    """
-    path = shutil.which(name)
-    if path is None:
-        if os.environ.get("CONNLIMIT_REQUIRE_PROGRAMS"):
-            pytest.fail(f"{name} is not installed")
-        pytest.skip(f"{name} is not installed")
-    return path
-
-
-class Program:
-    """
-    A running ``twistd``, with its output as it comes.
-    """
-
-    def __init__(self, process: subprocess.Popen[str]) -> None:
-        self.process = process
-        self._lines: list[str] = []
-        self._changed = threading.Condition()
-        self._reader = threading.Thread(target=self._read, daemon=True)
-        self._reader.start()
-
-    def _read(self) -> None:
-        for line in self.process.stdout:
-            with self._changed:
-                self._lines.append(line.rstrip("\n"))
-                self._changed.notify_all()
-        with self._changed:
-            self._lines.append("")
-            self._changed.notify_all()
-
-    @property
-    def output(self) -> str:
-        """
-        All that was printed so far.
-        """
-        return "\n".join(self._lines)
-
-    def wait_for(self, pattern: str) -> re.Match[str]:
-        """
-        Wait until the output has a match of the regular expression.
-        """
-        with self._changed:
-            found = self._changed.wait_for(
-                lambda: re.search(pattern, self.output) or not self._reader.is_alive(), PATIENCE
-            )
-        match = re.search(pattern, self.output)
-        assert match is not None, f"no {pattern!r} ({found}) in:\n{self.output}"
-        return match
-
-    def port(self) -> int:
-        """
-        The TCP port that it listens on, the first it tells.
-        """
-        return int(self.wait_for(r"starting on (\d+)")[1])
-
-    def terminate(self) -> int:
-        """
-        Send SIGTERM and return the exit code; it must come within five seconds.
-        """
-        began = time.monotonic()
-        self.process.send_signal(signal.SIGTERM)
-        code = self.process.wait(PATIENCE)
-        assert time.monotonic() - began < 5
-        self._reader.join(PATIENCE)
-        return code
-
-    def resident_memory(self) -> int:
-        """
-        Bytes of memory that are resident now (Linux).
-        """
-        status = Path(f"/proc/{self.process.pid}/status").read_text()
-        return int(re.search(r"VmRSS:\s+(\d+) kB", status)[1]) * 1024
-
-
-def twistd_command(*arguments: str) -> list[str]:
-    """
-    The command line of the twistd that belongs to this Python, in the foreground and without a PID file.
-    """
-    return [str(Path(sysconfig.get_path("scripts")) / "twistd"), "--nodaemon", "--pidfile=", *arguments]
-
-
-@contextmanager
-def running(
-    *arguments: str, cwd: Path | None = None, ulimit: str = "", **environment: str
-) -> Iterator[Program]:
-    """
-    Run ``twistd`` with the arguments as long as the context lasts.
-
-    :param ulimit: arguments for the shell's ``ulimit``, to run it under.
-    :param environment: variables besides those of this process.
-    """
-    command = twistd_command(*arguments)
-    if ulimit:
-        command = ["sh", "-c", f'ulimit {ulimit}; exec "$@"', "sh", *command]
-    process = subprocess.Popen(
-        command,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        cwd=cwd,
-        env={**os.environ, "PYTHONUNBUFFERED": "1", **environment},
-    )
-    program = Program(process)
-    try:
-        yield program
-    finally:
-        process.kill()
-        process.wait()
-        program._reader.join(PATIENCE)
-        process.stdout.close()
-
-
-def failing(*arguments: str, cwd: Path | None = None) -> str:
-    """
-    Run ``twistd`` with arguments that it must refuse: one sentence, exit code 1. Returns the sentence.
-    """
-    done = subprocess.run(
-        twistd_command(*arguments),
-        capture_output=True,
-        text=True,
-        cwd=cwd,
-        timeout=PATIENCE,
-        stdin=subprocess.DEVNULL,
-    )
-    assert done.returncode == 1, done
-    assert "Traceback" not in done.stdout + done.stderr
-    assert len(done.stderr.splitlines()) == 1, done.stderr
-    return done.stderr.strip()
-
-
-def free_port() -> int:
-    """
-    A port that nobody listens on.
-    """
-    with closing(socket.create_server(("127.0.0.1", 0))) as server:
-        return server.getsockname()[1]
-
-
-def read_all(client: socket.socket) -> bytes:
-    """
-    Everything that a socket delivers until its end.
-    """
-    chunks = []
-    while chunk := client.recv(65536):
-        chunks.append(chunk)
-    return b"".join(chunks)
-
-
-class Log:
-    """
-    The log while a context lasts.
-    """
-
-    def __enter__(self) -> Log:
-        self.events: list[dict[str, object]] = []
-        globalLogPublisher.addObserver(self.events.append)
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        globalLogPublisher.removeObserver(self.events.append)
-
-    def warnings(self) -> list[dict[str, object]]:
-        """
-        What connlimit warns of.
-        """
-        return [
-            event
-            for event in self.events
-            if event["log_level"] is LogLevel.warn and event["log_namespace"].startswith("connlimit")
-        ]
-
-    def failures(self) -> list[str]:
-        """
-        What anybody logs as a failure, an error that nobody handled in a Deferred among them.
-        """
-        return [formatEvent(event) for event in self.events if event["log_level"] >= LogLevel.error]
-
-    def texts(self) -> list[str]:
-        """
-        What connlimit says, as text.
-        """
-        return [formatEvent(event) for event in self.events if event["log_namespace"].startswith("connlimit")]
-
-
-def page_until(browser: object, words: str) -> None:
-    """
-    Wait until a browser shows these words.
-    """
-    began = time.monotonic()
-    while words not in browser.find_element("css selector", "body").text:
-        assert time.monotonic() - began < PATIENCE, browser.find_element("css selector", "body").text
-        time.sleep(0.1)
-
-
-def make_certificate(folder: Path) -> Path:
-    """
-    Make a private key and its certificate for localhost, both in one file.
-    """
-    file, key, certificate = folder / "server.pem", folder / "key.pem", folder / "certificate.pem"
-    command = "req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -subj /CN=localhost"
-    command += f" -addext subjectAltName=DNS:localhost -keyout {key} -out {certificate}"
-    subprocess.run([require_program("openssl"), *command.split()], check=True, capture_output=True)
-    file.write_text(key.read_text() + certificate.read_text())
-    return file
-
-
-def talk_tls(port: int, certificate: Path, data: bytes) -> bytes:
-    """
-    What a TLS client of Python's own receives for the data; blocks.
-    """
-    context = ssl.create_default_context(cafile=str(certificate))
-    with (
-        socket.create_connection(("127.0.0.1", port), 20) as raw,
-        context.wrap_socket(raw, server_hostname="localhost") as client,
-    ):
-        client.sendall(data)
-        received = b""
-        while len(received) < len(data) and (chunk := client.recv(65536)):
-            received += chunk
-        return received
+__all__ = [
+    "ECHO",
+    "PATIENCE",
+    "Log",
+    "Program",
+    "failing",
+    "free_port",
+    "make_certificate",
+    "page_until",
+    "read_all",
+    "require_program",
+    "running",
+    "talk_tls",
+    "twistd_command",
+]

@@ -10,14 +10,12 @@ from contextlib import asynccontextmanager
 from twisted.internet import reactor, task
 from twisted.internet.defer import Deferred, gatherResults
 from twisted.internet.endpoints import (
-    _WrapperServerEndpoint,
     clientFromString,
     connectProtocol,
     serverFromString,
 )
 from twisted.internet.interfaces import IStreamClientEndpoint, IStreamServerEndpoint
 from twisted.internet.protocol import Protocol
-from twisted.protocols.tls import TLSMemoryBIOFactory
 from twisted.python.failure import Failure
 
 from connlimit import Limiter, LimitingEndpoint
@@ -137,10 +135,3 @@ async def listening(
     finally:
         await port.stopListening()
         await patiently(limiter.drain(0))
-
-
-def wrap_server_tls(context: object, endpoint: IStreamServerEndpoint) -> IStreamServerEndpoint:
-    """
-    What ``wrapServerTLS`` of a newer Twisted makes.
-    """
-    return _WrapperServerEndpoint(endpoint, lambda factory: TLSMemoryBIOFactory(context, False, factory))

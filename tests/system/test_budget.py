@@ -15,7 +15,10 @@ from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 
 import pytest
-from support import ECHO, PATIENCE, Program, free_port, running
+from support.applications import ECHO
+from support.clients import free_port
+from support.patience import PATIENCE
+from support.programs import Program, running
 
 resource = pytest.importorskip("resource")
 

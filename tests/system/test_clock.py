@@ -12,7 +12,7 @@ from time import monotonic
 
 import pytest
 from pytest_twisted import ensureDeferred
-from support import PATIENCE
+from support.patience import PATIENCE
 from support.sockets import until
 from twisted.internet import reactor
 from twisted.internet.interfaces import IReactorTime

@@ -20,16 +20,11 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
-from support import (
-    PATIENCE,
-    Program,
-    failing,
-    read_all,
-    require_program,
-    running,
-    twistd_command,
-)
+from support.applications import ECHO, TAC
+from support.clients import read_all
 from support.fakes import RecordingFactory
+from support.patience import PATIENCE
+from support.programs import Program, failing, require_program, running, twistd_command
 from twisted.application.internet import SSLServer, StreamServerEndpointService, TCPServer, UNIXServer
 from twisted.application.service import IServiceMaker, MultiService, Service
 from twisted.plugin import getPlugins
@@ -39,27 +34,6 @@ from connlimit._twistd.command_line import CannotStart, Options, makeService
 
 LOCAL = "tcp:0:interface=127.0.0.1"
 EXAMPLES = Path(__file__).parents[2] / "docs" / "examples"
-
-ECHO = """
-from twisted.internet.protocol import Factory, Protocol
-
-class Echo(Protocol):
-    def dataReceived(self, data):
-        self.transport.write(data)
-
-class EchoFactory(Factory):
-    protocol = Echo
-
-factory = EchoFactory()
-
-def make():
-    return EchoFactory()
-
-def fail():
-    raise RuntimeError("not today")
-
-nothing = 5
-"""
 
 
 @pytest.fixture
@@ -561,22 +535,6 @@ def with_plugin(monkeypatch: pytest.MonkeyPatch, service: Service) -> MultiServi
     options = Options()
     options.parseOptions(["--max-connections", "3", "stand-in"])
     return makeService(options)
-
-
-TAC = """
-import os
-from twisted.application.internet import StreamServerEndpointService, TCPServer, TimerService
-from twisted.application.service import Application, IService
-from twisted.internet import reactor
-from twisted.internet.endpoints import serverFromString
-from echo_server import factory, make
-
-application = Application("echoes", uid=UID, gid=UID)
-TCPServer(0, factory, interface="127.0.0.1").setServiceParent(application)
-admin = serverFromString(reactor, "unix:" + os.path.join(os.path.dirname(__file__), "admin"))
-StreamServerEndpointService(admin, make()).setServiceParent(application)
-TimerService(1, print, "the application runs").setServiceParent(application)
-"""
 
 
 FILE = """

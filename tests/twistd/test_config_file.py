@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import ECHO, PATIENCE, failing, running, twistd_command
+from support.applications import ECHO
+from support.patience import PATIENCE
+from support.programs import failing, running, twistd_command
 
 from connlimit import refusals
 from connlimit._system.files import MOST_BYTES

@@ -4,7 +4,6 @@ A program with a configuration file: what it runs, how it is reloaded and how it
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import signal
@@ -14,99 +13,16 @@ import sys
 import threading
 import time
 import urllib.request
-from collections.abc import Iterator
 from contextlib import closing, suppress
 from pathlib import Path
 
 import pytest
-from support import PATIENCE, Program, free_port, read_all, running
+from support.applications import Running, ask
+from support.clients import free_port, read_all
+from support.patience import PATIENCE
+from support.programs import running
 
 prometheus = pytest.importorskip("prometheus_client.parser")
-
-SERVER = """
-from twisted.internet.protocol import Factory
-from twisted.protocols.basic import LineReceiver
-
-class Greeter(LineReceiver):
-    def lineReceived(self, line):
-        self.sendLine(self.factory.word + b" " + line)
-
-def served(word):
-    factory = Factory.forProtocol(Greeter)
-    factory.word = word
-    return factory
-
-hello, bye = served(b"hello"), served(b"bye")
-"""
-
-
-class Running:
-    """
-    A configured program, its file, and its ports.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.path = folder / "connlimit.toml"
-        self.port, self.other, self.status = free_port(), free_port(), free_port()
-        (folder / "server.py").write_text(SERVER)
-        self.program: Program
-
-    def write(self, text: str, status: bool = True) -> None:
-        if status:
-            text += f'\n[status]\nlisten = "tcp:{self.status}:interface=127.0.0.1"\n'
-        new = self.path.with_suffix(".new")
-        new.write_text(text)
-        new.replace(self.path)
-
-    def service(self, name: str = "greeter", port: int | None = None, factory: str = "server:hello") -> str:
-        where = f"tcp:{port or self.port}:interface=127.0.0.1"
-        return f'[services.{name}]\nlisten = ["{where}"]\nfactory = "{factory}"\nlimiter = "main"\n'
-
-    def reload(self, told: str = "was read again") -> None:
-        before = self.program.output.count(told)
-        self.program.process.send_signal(signal.SIGHUP)
-        began = time.monotonic()
-        while self.program.output.count(told) == before:
-            assert time.monotonic() - began < PATIENCE, self.program.output
-            time.sleep(0.01)
-
-    def connect(self, port: int | None = None) -> socket.socket:
-        return socket.create_connection(("127.0.0.1", port or self.port), PATIENCE)
-
-    def get(self, path: str) -> str:
-        with urllib.request.urlopen(f"http://127.0.0.1:{self.status}/{path}", timeout=PATIENCE) as answer:
-            return answer.read().decode()
-
-    def limiter(self) -> dict[str, object]:
-        return json.loads(self.get("status.json"))["limiters"][0]
-
-    def until(self, **facts: object) -> None:
-        """
-        Wait until the status tells this.
-        """
-        began = time.monotonic()
-        while not facts.items() <= (now := self.limiter()).items():
-            assert time.monotonic() - began < PATIENCE, now
-            time.sleep(0.02)
-
-
-@pytest.fixture
-def configured(tmp_path: Path) -> Iterator[Running]:
-    """
-    A running program with one limiter of two slots, and one service.
-    """
-    it = Running(tmp_path)
-    it.write("[limiters.main]\nmax_connections = 2\n" + it.service())
-    with running("connlimit", "--config", str(it.path), cwd=tmp_path) as program:
-        it.program = program
-        program.wait_for("2 served at once")
-        yield it
-
-
-def ask(client: socket.socket, word: bytes = b"you") -> bytes:
-    client.sendall(word + b"\r\n")
-    return client.recv(1000)
 
 
 def test_more_room_serves_the_line_in_its_order_and_touches_nobody(configured: Running) -> None:
@@ -352,7 +268,7 @@ def test_a_socket_of_systemd_can_be_listened_at(tmp_path: Path) -> None:
             "os.environ.update(LISTEN_FDS='1', LISTEN_FDNAMES='web', LISTEN_PID=str(os.getpid())); "
             "os.execv(sys.argv[2], sys.argv[2:])"
         )
-        from support import twistd_command
+        from support.programs import twistd_command
 
         twistd = twistd_command("connlimit", "--config", str(it.path))
         process = subprocess.Popen(

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import pytest
 from pytest_twisted import ensureDeferred
-from support import Log
+from support.logs import Log
 from twisted.application.service import Service
 from twisted.internet.defer import Deferred, fail
 

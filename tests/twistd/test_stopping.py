@@ -13,8 +13,11 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from support import PATIENCE, Program, free_port, make_certificate, read_all, running
-from twistd.test_reload import Running, ask, configured  # noqa: F401
+from support.applications import Running, ask
+from support.clients import free_port, read_all
+from support.patience import PATIENCE
+from support.programs import Program, running
+from support.tls import make_certificate
 
 LOCAL = "tcp:0:interface=127.0.0.1"
 
@@ -413,7 +416,7 @@ def test_a_plugin_that_is_not_drained_serves_nobody_who_waits_either(way: str, p
 
 
 def test_the_connections_of_a_service_that_was_removed_are_drained_with_the_others(
-    configured: Running,  # noqa: F811
+    configured: Running,
 ) -> None:
     it = configured
     with it.connect() as client:
@@ -431,7 +434,7 @@ def test_the_connections_of_a_service_that_was_removed_are_drained_with_the_othe
     it.program.wait_for("main: drained: 1 connections were served")
 
 
-def test_sighup_while_draining_opens_nothing_again(configured: Running) -> None:  # noqa: F811
+def test_sighup_while_draining_opens_nothing_again(configured: Running) -> None:
     it = configured
     it.write("drain_timeout = 20\n[limiters.main]\nmax_connections = 2\n" + it.service())
     it.reload()

@@ -23,12 +23,13 @@ from contextlib import ExitStack, closing
 from pathlib import Path
 
 import pytest
-from shared.test_redis_limit import Redis, redis
-from support import ECHO, PATIENCE, Program, failing, free_port, read_all, running, twistd_command
+from support.applications import ECHO
+from support.clients import free_port, read_all
+from support.patience import PATIENCE
+from support.programs import Program, failing, running, twistd_command
+from support.redis import Redis
 
 from connlimit._twistd.config_file import MOST_PROCESSES
-
-__all__ = ["redis"]  # the fixture
 
 LOCAL = "tcp:0:interface=127.0.0.1"
 

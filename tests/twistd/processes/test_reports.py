@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import json
 
-from status.test_guarded_site import TurnsClock
+from support.clocks import TurnsClock
 from twisted.internet.address import IPv4Address
 
 from connlimit import Limiter

@@ -17,8 +17,10 @@ from pathlib import Path
 from urllib.parse import quote
 
 import pytest
-from semaphores.test_site import Server, in_thread, ours, wait_until_pending
-from support import PATIENCE, failing, free_port, page_until, running, twistd_command
+from support.clients import free_port, page_until
+from support.patience import PATIENCE
+from support.programs import failing, running, twistd_command
+from support.semaphores import Server, in_thread, ours, wait_until_pending
 
 
 def test_it_starts_without_a_file_and_says_so(tmp_path: Path) -> None:

@@ -9,8 +9,10 @@ import re
 import time
 import urllib.request
 
-from support import PATIENCE, free_port, running
+from support.clients import free_port
 from support.fakes import FakeConnection
+from support.patience import PATIENCE
+from support.programs import running
 from twisted.internet.task import Clock
 from twisted.trial.unittest import SynchronousTestCase
 

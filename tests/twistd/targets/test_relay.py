@@ -20,7 +20,10 @@ from pathlib import Path
 
 import pytest
 from pytest_twisted import ensureDeferred
-from support import PATIENCE, Log, read_all, running
+from support.clients import read_all
+from support.logs import Log
+from support.patience import PATIENCE
+from support.programs import running
 from support.sockets import Client, connected, listening, patiently, until
 from twisted.internet import reactor, task
 from twisted.internet.address import IPv4Address

@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import PATIENCE, free_port, read_all, require_program, running
+from support.clients import free_port, read_all
+from support.patience import PATIENCE
+from support.programs import require_program, running
 from twisted.internet.address import IPv4Address, IPv6Address, UNIXAddress
 from twisted.protocols.haproxy._v2parser import V2Parser
 

@@ -1,0 +1,66 @@
+"""
+A limiter and its clients, without sockets.
+"""
+
+from __future__ import annotations
+
+from twisted.internet.task import Clock
+from twisted.trial.unittest import SynchronousTestCase
+
+from connlimit import Limiter, LimitingFactory
+from support.fakes import FakeConnection, RecordingFactory
+
+
+class LimiterTestCase(SynchronousTestCase):
+    """
+    A limiter before one recording factory, and clients by the number.
+    """
+
+    def limited(self, *args: object, **settings: object) -> Limiter:
+        self.clock = settings.setdefault("clock", Clock())
+        self.limiter = Limiter(*args, **settings)
+        self.server = RecordingFactory()
+        self.factory = LimitingFactory(self.server, self.limiter)
+        self.clients: list[FakeConnection] = []
+        return self.limiter
+
+    def connect(self, count: int = 1, **how: object) -> list[FakeConnection]:
+        new = [
+            FakeConnection(self.clock, number=len(self.clients) + index, **how).connect(self.factory)
+            for index in range(count)
+        ]
+        self.clients += new
+        self.turn()
+        return new
+
+    def turn(self) -> None:
+        """
+        Let everything happen that is due.
+        """
+        while any(call.getTime() <= self.clock.seconds() for call in self.clock.getDelayedCalls()):
+            self.clock.advance(0)
+
+    def close(self, *clients: FakeConnection) -> None:
+        for client in clients:
+            client.close()
+        self.turn()
+
+    def served(self) -> list[int]:
+        """
+        The numbers of the clients that were served, in the order of their turns.
+        """
+        return [address.port - 10000 for address in self.server.addresses]
+
+    def assert_counts(self, **expected: object) -> None:
+        snapshot = self.limiter.snapshot()
+        refused = {reason: count for reason, count in snapshot.refused.items() if count}
+        actual = {name: refused if name == "refused" else getattr(snapshot, name) for name in expected}
+        self.assertEqual(actual, expected)
+        self.assertEqual(
+            snapshot.accepted,
+            snapshot.active
+            + snapshot.waiting
+            + snapshot.finished
+            + snapshot.departed
+            + sum(snapshot.refused.values()),
+        )
