@@ -144,6 +144,20 @@ CONVERSATIONS: dict[str, list[Step]] = {
         ("POST", "/restore", {"expires_in": "5min", "peer_id": 18446744073709551615, "acquired": {}}),
         ("GET", "/peers/18446744073709551615/is_acquired", None),
     ],
+    "names that no semaphore has": [
+        ("POST", "/new_peer", {"expires_in": "5min"}),
+        ("GET", "/remainder?semaphore", None),
+        ("GET", "/remainder?semaphore=", None),
+        ("GET", "/remainder?semaphore=%FF", None),
+        ("GET", "/remainder?semaphore=A%FF", None),
+        ("GET", "/remainder?semaphore=A;", None),
+        ("GET", "/remainder?semaphore=A;x=1", None),
+        ("PUT", "/peers/{0}/%FF", 1),
+        ("PUT", "/peers/{0}/%FF", 0),
+        ("PUT", "/peers/5/%C3", 1),
+        ("DELETE", "/peers/{0}/%FF", None),
+        ("PUT", "/peers/{0}/%zz", 1),
+    ],
     "durations": [
         ("POST", "/new_peer", {"expires_in": text})
         for text in ("2h 37min", "1h30m", "1 s", " 1s ", "5m", "1d", "1week", "1M", "1y", "1ms", "1us", "1ns")
@@ -306,6 +320,8 @@ MALFORMED = [
     ("PUT", "/peers/1/A?block_for=5", b"1", JSON, 400),
     ("PUT", "/peers/1/A?block_for=9999999y", b"1", JSON, 400),
     ("PUT", "/peers/1/A?block_for=%FF", b"1", JSON, 400),
+    ("POST", "/new_peer", b'{"expires_in": "1s", "expires_in": "2s"}', JSON, 422),
+    ("POST", "/restore", b'{"expires_in": "1s", "peer_id": 1, "acquired": {"A": 1, "A": 2}}', JSON, 422),
     ("PUT", "/peers/abc/A", b"1", JSON, 400),
     ("PUT", "/peers/-1/A", b"1", JSON, 400),
     ("PUT", "/peers/18446744073709551616/A", b"1", JSON, 400),
@@ -344,6 +360,28 @@ def test_a_malformed_request_is_told_what_is_wrong(
     assert server.ask("GET", "/health") == (200, "Ok")
 
 
+@pytest.mark.parametrize(
+    ("query", "right"),
+    [
+        ("expires_in", "expires_in must be a duration such as 300ms, 5min or 2h 30min, not ''\n"),
+        ("expires_in=%FF", "expires_in must be a duration such as 300ms, 5min or 2h 30min, not '\ufffd'\n"),
+        ("expires_in=1s&expires_in=2s", "the query must say expires_in once\n"),
+        ("block_for=1s&block_for=1s", "the query must say block_for once\n"),
+        (
+            "expires_in=1s;block_for=1s",
+            "expires_in must be a duration such as 300ms, 5min or 2h 30min, not '1s;block_for=1s'\n",
+        ),
+    ],
+)
+def test_a_query_that_can_be_read_in_two_ways_acquires_nothing(
+    server: Server, query: str, right: str
+) -> None:
+    peer = server.new_peer()
+    assert server.ask("PUT", f"/peers/{peer}/A?{query}", 1) == (400, right)
+    assert server.ask("GET", "/remainder?semaphore=A") == (200, "5")
+    server.ask("DELETE", f"/peers/{peer}")
+
+
 def test_a_target_is_answered_again_as_it_was_at_first(server: Server) -> None:
     peer, other = server.new_peer(), server.new_peer()
     for _ in range(3):
@@ -352,7 +390,7 @@ def test_a_target_is_answered_again_as_it_was_at_first(server: Server) -> None:
         assert server.ask("DELETE", f"/peers/{peer}/A") == (200, "Ok")
         assert server.ask("GET", f"/peers/{other}/is_acquired") == (200, "true")
         assert server.ask("GET", "/peers/x/is_acquired")[0] == 400
-        assert server.ask("GET", "/peers/1/%FF")[0] == 400
+        assert server.ask("GET", "/peers/1/%FF")[0] == 405
         assert server.ask("GET", "/nowhere")[0] == 404
         assert server.ask("GET", f"/nowhere?{'x' * 500}")[0] == 404
     server.ask("DELETE", f"/peers/{peer}")

@@ -40,9 +40,7 @@ Query = Mapping[bytes, list[bytes]]
 
 def parts_of(target: bytes) -> tuple[list[bytes], Query]:
     """
-    The parts of a path, in UTF-8, and the query.
-
-    :raises Refused: if the path is not UTF-8.
+    The parts of a path, and the query.
     """
     path, _, query = target.partition(b"?")
     if not path.startswith(b"/") and b"://" in path:
@@ -50,12 +48,8 @@ def parts_of(target: bytes) -> tuple[list[bytes], Query]:
         path = b"/" + path.partition(b"://")[2].partition(b"/")[2]
     path = path[1:]
     parts = path.split(b"/")
-    if b"%" in path or not path.isascii():
+    if b"%" in path:
         parts = [unquote_to_bytes(part) for part in parts]
-        try:
-            b"/".join(parts).decode()
-        except UnicodeDecodeError:
-            raise Refused(400, "the path must be UTF-8") from None
     if not query:
         return parts, {}
     return parts, _remembered(query) if len(query) <= _SHORT else _fields_of(query)
@@ -63,11 +57,17 @@ def parts_of(target: bytes) -> tuple[list[bytes], Query]:
 
 def _fields_of(query: bytes) -> Query:
     fields: dict[bytes, list[bytes]] = {}
-    for field in query.replace(b";", b"&").split(b"&"):
-        name, separator, value = field.replace(b"+", b" ").partition(b"=")
-        if separator:
-            fields.setdefault(unquote_to_bytes(name), []).append(unquote_to_bytes(value))
+    for field in query.split(b"&"):
+        name, _, value = field.replace(b"+", b" ").partition(b"=")
+        fields.setdefault(unquote_to_bytes(name), []).append(unquote_to_bytes(value))
     return fields
+
+
+def name_of(text: bytes) -> str:
+    """
+    The name of a semaphore; if it is not UTF-8, one that no semaphore has.
+    """
+    return text.decode(errors="replace")
 
 
 _remembered = lru_cache(1024)(_fields_of)
@@ -80,13 +80,17 @@ def query_duration(query: Query, name: bytes) -> float | None:
     :raises Refused: if it is wrong.
     """
     values = query.get(name)
-    return None if values is None else _duration(name, values[-1])
+    if values is None:
+        return None
+    if len(values) > 1:
+        raise Refused(400, f"the query must say {name.decode()} once")
+    return _duration(name, values[0])
 
 
 @lru_cache(1024)
 def _duration(name: bytes, value: bytes) -> float:
     try:
-        return duration(name.decode(), value.decode())
+        return duration(name.decode(), value.decode(errors="replace"))
     except ValueError as error:
         raise Refused(400, str(error)) from None
 
@@ -100,10 +104,7 @@ def query_name(query: Query) -> str:
     names = query.get(b"semaphore", [])
     if len(names) != 1:
         raise Refused(400, "the query must name one semaphore, such as ?semaphore=A")
-    try:
-        return names[0].decode()
-    except UnicodeDecodeError:
-        raise Refused(400, "the query must be UTF-8") from None
+    return name_of(names[0])
 
 
 def peer_number(text: bytes) -> int:
@@ -115,7 +116,7 @@ def peer_number(text: bytes) -> int:
     number = int(text) if text.isdigit() and len(text) <= 20 else _U64
     if number < _U64:
         return number
-    raise Refused(400, f"a peer is a whole number of 64 bits, not {text.decode()[:40]!r}")
+    raise Refused(400, f"a peer is a whole number of 64 bits, not {name_of(text)[:40]!r}")
 
 
 def count_of(request: Request) -> int:
@@ -184,6 +185,18 @@ def _body(request: Request) -> Any:
     if request.body in _NUMBERS:
         return _NUMBERS[request.body]
     try:
-        return json.loads(request.body.decode())
+        return json.loads(request.body.decode(), object_pairs_hook=_object)
     except (ValueError, RecursionError) as error:
         raise Refused(400, f"the body must be JSON: {error}") from None
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """
+    An object of JSON, which has each name once: otherwise others may read it in another way.
+    """
+    fields: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in fields:
+            raise Refused(422, f"the body must have {name[:40]!r} once")
+        fields[name] = value
+    return fields

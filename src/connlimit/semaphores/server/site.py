@@ -28,6 +28,7 @@ from connlimit.semaphores.server.requests import (
     Refused,
     count_of,
     expiry_of,
+    name_of,
     parts_of,
     peer_number,
     query_duration,
@@ -192,7 +193,7 @@ class SemaphoreSite(HttpFactory):
             return methods, query, peer
         if length == 3 and parts[2]:
             methods = self._is_lock_acquired if parts[2] == b"is_acquired" else self._one_lock
-            return methods, query, (peer_number(parts[1]), parts[2].decode())
+            return methods, query, (peer_number(parts[1]), name_of(parts[2]))
         return None, query, ()
 
     def _submit(self, then: Callable[[Any], _Answering], operation: str, *arguments: object) -> _Answering:
