@@ -14,6 +14,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "src" / "connlimit"
+TESTS = ROOT / "tests"
 
 #: What can be imported without an extra.
 CORE = {"twisted", "zope", "attrs", "attr", "constantly", "incremental", "OpenSSL"}
@@ -100,3 +101,24 @@ def test_nobody_outside_imports_what_begins_with_an_underscore() -> None:
             words = line.split()
             if words[:1] in (["from"], ["import"]) and words[1:2] and words[1].startswith("connlimit"):
                 assert "._" not in words[1], f"{file.name}: {line}"
+
+
+def test_no_test_imports_another() -> None:
+    for file in TESTS.rglob("*.py"):
+        for name in imports(ast.parse(file.read_text())):
+            assert not any(part.startswith("test_") for part in name.split(".")), (
+                f"{file.relative_to(ROOT)} imports {name}: what tests share is in tests/support"
+            )
+
+
+def test_tests_stand_in_the_room_of_what_they_are_about() -> None:
+    for file in TESTS.rglob("test_*.py"):
+        room = SOURCE
+        for part in file.relative_to(TESTS).parts[:-1]:
+            found = [each for each in (room / part, room / f"_{part}") if each.is_dir()]
+            assert found, f"{file.relative_to(ROOT)} is about no room of the source"
+            room = found[0]
+        mirrored = room / f"{file.stem.removeprefix('test_')}.py"
+        assert mirrored.exists() or ast.get_docstring(ast.parse(file.read_text())), (
+            f"{file.relative_to(ROOT)} is about no module of its room, and does not say what it is about"
+        )
