@@ -4,9 +4,9 @@ A connection limiter for any Twisted server: so many are served at once, the oth
 
 from connlimit._connection.factory import LimitingFactory
 from connlimit._limiter.limiter import Limiter
-from connlimit._listening.next_to_socket import limit_reactor
+from connlimit._listening.endpoint import LimitingEndpoint, limit_reactor
 from connlimit._listening.proxy_header import ProxyHeaderEndpoint
-from connlimit._listening.service import LimitedService, LimitingEndpoint, limit_service
+from connlimit._listening.service import LimitedService, limit_service
 from connlimit._system.version import __version__
 from connlimit.interfaces import Snapshot
 from connlimit.observers import ConnectionLog, LimiterLog

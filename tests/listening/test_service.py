@@ -6,7 +6,6 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from pathlib import Path
 
 import pytest
 from pytest_twisted import ensureDeferred
@@ -23,12 +22,9 @@ from twisted.application.service import Application, IService, MultiService, Ser
 from twisted.internet import reactor
 from twisted.internet.endpoints import TCP4ServerEndpoint, serverFromString
 from twisted.internet.error import CannotListenError
-from twisted.internet.interfaces import IStreamServerEndpoint
 from twisted.internet.protocol import Factory, Protocol
-from zope.interface import providedBy
-from zope.interface.verify import verifyObject
 
-from connlimit import LimitedService, Limiter, LimitingEndpoint, LimitingFactory, limit_reactor, limit_service
+from connlimit import LimitedService, Limiter, LimitingEndpoint, LimitingFactory, limit_service
 
 
 def tcp(port: int = 0) -> TCP4ServerEndpoint:
@@ -66,24 +62,6 @@ async def started(limiter: Limiter, **settings: float) -> AsyncIterator[tuple[Li
         if service.running:
             await service.stopService()
         await patiently(limiter.drain(0))
-
-
-def test_the_endpoint_is_an_endpoint() -> None:
-    verifyObject(IStreamServerEndpoint, LimitingEndpoint(tcp(), Limiter()))
-
-
-@ensureDeferred
-async def test_all_that_listen_on_an_endpoint_share_its_limiter() -> None:
-    limiter = Limiter(1)
-    endpoint = LimitingEndpoint(tcp(), limiter)
-    ports = [await endpoint.listen(RecordingFactory()) for _ in range(2)]
-    clients = [await connected(f"tcp:127.0.0.1:{port.getHost().port}") for port in ports]
-    await until(lambda: (limiter.active, limiter.waiting) == (1, 1))
-    for port in ports:
-        await port.stopListening()
-    await patiently(limiter.drain(0))
-    for client in clients:
-        await client.is_closed()
 
 
 @ensureDeferred
@@ -329,38 +307,3 @@ async def test_an_application_is_limited_until_it_is_started() -> None:
     await second.receives(b"hello")
     await service.stopService()
     await patiently(limiter.drain(0))
-
-
-# Reactors
-
-
-@ensureDeferred
-async def test_what_listens_by_a_limited_reactor_is_limited(tmp_path: Path) -> None:
-    limiter = Limiter(1)
-    limited = limit_reactor(reactor, limiter)
-    assert list(providedBy(limited)) == list(providedBy(reactor))
-    ports = [
-        limited.listenTCP(0, RecordingFactory(), interface="127.0.0.1"),
-        limited.listenUNIX(str(tmp_path / "socket"), RecordingFactory()),
-        await serverFromString(limited, "tcp:0:interface=127.0.0.1").listen(RecordingFactory()),
-    ]
-    tcp, unix, endpoint = ports
-    first = await connected(f"tcp:127.0.0.1:{tcp.getHost().port}")
-    await until(lambda: limiter.active == 1)
-    others = [
-        await connected(f"unix:{tmp_path}/socket"),
-        await connected(f"tcp:127.0.0.1:{endpoint.getHost().port}"),
-    ]
-    for other in others:
-        other.transport.write(b"hello")
-    await until(lambda: limiter.waiting == 2)
-    assert limiter.snapshot().backlog == 0
-    await first.close()
-    await until(lambda: limiter.waiting == 1)
-    for other in sorted(others, key=lambda other: not other.received):
-        await other.receives(b"hello")
-        await other.close()
-    for port in ports:
-        await port.stopListening()
-    with pytest.raises(ValueError, match="when_full must be refuse or stop-accepting, not 'never'"):
-        limit_reactor(reactor, limiter, "never")

@@ -37,7 +37,7 @@ from twisted.internet.task import Clock
 
 from connlimit import Limiter, __version__
 from connlimit._limiter.inert import Inert
-from connlimit._listening.from_string import status_endpoint
+from connlimit._listening.checked_endpoints import status_endpoint
 from connlimit.status import in_code, once, page, serve, top
 from connlimit.status.service import MOST_WATCHERS, StatusService
 from connlimit.status.watch import Watch

@@ -13,11 +13,10 @@ from twisted.internet.endpoints import quoteStringArgument, serverFromString
 
 from connlimit._limiter.limiter import Limiter
 from connlimit._limiter.settings import FIELDS, Settings, check_limits, did_you_mean, either, parse, shown
-from connlimit._listening.from_string import check_endpoint, status_endpoint, why
-from connlimit._listening.next_to_socket import LimitingReactor, SocketLimitingEndpoint
+from connlimit._listening.checked_endpoints import check_endpoint, status_endpoint, why
+from connlimit._listening.endpoint import LimitingEndpoint, LimitingReactor, SocketLimitingEndpoint
 from connlimit._listening.ports import check_when_full
 from connlimit._listening.proxy_header import server_from_string
-from connlimit._listening.service import LimitingEndpoint
 from connlimit.shared.by_url import shared_limits
 
 # In a string a limiter's name is given as ``limiter``: ``name`` can be an argument of the inner endpoint.

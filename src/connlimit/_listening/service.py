@@ -1,46 +1,24 @@
 """
-Listening behind a limiter: as an endpoint, as a service that drains when it is stopped, and as any service.
+Listening behind a limiter: as a service that drains when it is stopped, and as any service of others.
 """
 
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from twisted.application.internet import SSLServer, StreamServerEndpointService, TCPServer, UNIXServer
 from twisted.application.service import IService, IServiceCollection
 from twisted.internet.defer import Deferred, ensureDeferred
-from twisted.internet.interfaces import IListeningPort, IProtocolFactory, IStreamServerEndpoint
+from twisted.internet.interfaces import IProtocolFactory, IStreamServerEndpoint
 
 from connlimit._connection.factory import LimitingFactory
 from connlimit._limiter.limiter import Limiter
-from connlimit._listening.from_string import Where, place_of, server_endpoint
+from connlimit._listening.checked_endpoints import server_endpoint
+from connlimit._listening.endpoint import LimitingEndpoint
+from connlimit._listening.places import place_of, place_of_service
 from connlimit._listening.ports import WatchedEndpoint, check_when_full
-
-
-class LimitingEndpoint(WatchedEndpoint):
-    """
-    An endpoint that puts a limiter before whatever listens on it.
-
-    :ivar endpoint: where to listen.
-    :ivar limiter: the limiter; every factory that listens here shares it.
-    :ivar when_full: ``refuse``, or ``stop-accepting``: while nobody can be served or wait, the port accepts
-        nobody, and the kernel's backlog holds those who come.
-    """
-
-    def listen(self, protocolFactory: IProtocolFactory) -> Deferred[IListeningPort]:
-        """
-        Listen on the endpoint, the limiter before the factory.
-        """
-        return super().listen(self.limit(protocolFactory))
-
-    def limit(self, factory: IProtocolFactory) -> IProtocolFactory:
-        """
-        Put the limiter before a factory.
-        """
-        return LimitingFactory(factory, self.limiter)
 
 
 class LimitedService(StreamServerEndpointService):
@@ -180,7 +158,7 @@ def _without(services: list[Any], description: str, name: str) -> list[Any]:
     from twisted.internet import reactor
 
     skipped = place_of(server_endpoint(reactor, description, name))
-    places = [_place(each) for each in services]
+    places = [place_of_service(each) for each in services]
     left = [
         each for each, place in zip(services, places, strict=True) if skipped is None or place not in skipped
     ]
@@ -188,20 +166,6 @@ def _without(services: list[Any], description: str, name: str) -> list[Any]:
         where = ", ".join(str(place) for place in places if place is not None) or "nowhere that can be told"
         raise ValueError(f"{name} must say where something listens ({where}), not {description!r}")
     return left
-
-
-def _place(service: Any) -> Where | None:
-    """
-    Where a service listens, as far as that can be told.
-    """
-    if isinstance(service, StreamServerEndpointService):
-        return place_of(service.endpoint)
-    # They keep the arguments of listenTCP and its like.
-    where, interface = service.args[0], service.kwargs.get("interface")
-    if isinstance(service, UNIXServer):
-        return Where("unix", os.path.abspath(where))
-    at = 4 if isinstance(service, SSLServer) else 3
-    return Where("tcp", where, interface or (service.args[at] if len(service.args) > at else ""))
 
 
 def _factory(service: Any) -> Any:

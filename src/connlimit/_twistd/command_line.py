@@ -14,7 +14,7 @@ from twisted.python import usage
 
 from connlimit._limiter.limiter import Limiter
 from connlimit._limiter.settings import FIELDS, Settings, check_limits, parse, values
-from connlimit._listening.from_string import client_endpoint, server_endpoint, status_endpoint
+from connlimit._listening.checked_endpoints import client_endpoint, server_endpoint, status_endpoint
 from connlimit._listening.ports import check_when_full
 from connlimit._listening.service import LimitedService, limit_service, to_limit
 from connlimit._twistd.config_file import MOST_PROCESSES, WORKER_TIMEOUT, read

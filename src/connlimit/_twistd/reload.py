@@ -19,7 +19,7 @@ from twisted.python import usage
 
 from connlimit._limiter.limiter import Limiter
 from connlimit._limiter.settings import FIELDS, Settings
-from connlimit._listening.from_string import client_endpoint, server_endpoint, status_endpoint
+from connlimit._listening.checked_endpoints import client_endpoint, server_endpoint, status_endpoint
 from connlimit._listening.service import limit_service, to_limit
 from connlimit._system import systemd
 from connlimit._twistd.config_file import Config, ServiceConfig, StatusConfig, read

@@ -16,7 +16,7 @@ from zope.interface import implementer
 
 from connlimit._connection import in_use
 from connlimit._limiter.limiter import Limiter
-from connlimit._listening.from_string import status_endpoint
+from connlimit._listening.checked_endpoints import status_endpoint
 from connlimit.status.service import StatusService
 
 #: Seconds between two looks whether a page has still something to show.

@@ -9,7 +9,7 @@ from typing import Any
 
 from twisted.python import usage
 
-from connlimit._listening.from_string import server_endpoint, status_endpoint
+from connlimit._listening.checked_endpoints import server_endpoint, status_endpoint
 from connlimit._system import descriptors
 from connlimit._system.clock import clock_of
 from connlimit._twistd.options import ProgramOptions

@@ -18,7 +18,7 @@ from twisted.python import usage
 from twisted.python.reflect import namedAny
 
 from connlimit._limiter.limiter import Limiter
-from connlimit._listening.from_string import why
+from connlimit._listening.checked_endpoints import why
 from connlimit._listening.service import limit_service, to_limit
 
 

@@ -1,18 +1,55 @@
 """
-The place next to the socket: beneath TLS, PROXY headers and whatever else an endpoint puts around a protocol.
+The endpoint with a limiter: right before the protocol, or next to the socket.
+
+Next to the socket is beneath TLS, PROXY headers and whatever else an endpoint puts around a protocol.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from twisted.internet.interfaces import IProtocolFactory
+from twisted.internet.defer import Deferred
+from twisted.internet.interfaces import IListeningPort, IProtocolFactory
 from zope.interface import directlyProvides, providedBy
 
 from connlimit._connection.factory import LimitingFactory
 from connlimit._limiter.limiter import Limiter
-from connlimit._listening.ports import check_when_full, watched
-from connlimit._listening.service import LimitingEndpoint
+from connlimit._listening.ports import WatchedEndpoint, check_when_full, watched
+
+
+class LimitingEndpoint(WatchedEndpoint):
+    """
+    An endpoint that puts a limiter before whatever listens on it.
+
+    :ivar endpoint: where to listen.
+    :ivar limiter: the limiter; every factory that listens here shares it.
+    :ivar when_full: ``refuse``, or ``stop-accepting``: while nobody can be served or wait, the port accepts
+        nobody, and the kernel's backlog holds those who come.
+    """
+
+    def listen(self, protocolFactory: IProtocolFactory) -> Deferred[IListeningPort]:
+        """
+        Listen on the endpoint, the limiter before the factory.
+        """
+        return super().listen(self.limit(protocolFactory))
+
+    def limit(self, factory: IProtocolFactory) -> IProtocolFactory:
+        """
+        Put the limiter before a factory.
+        """
+        return LimitingFactory(factory, self.limiter)
+
+
+class SocketLimitingEndpoint(LimitingEndpoint):
+    """
+    An endpoint whose limiter stands next to the socket: its inner endpoint was made with a `LimitingReactor`.
+    """
+
+    def limit(self, factory: IProtocolFactory) -> IProtocolFactory:
+        """
+        Leave the factory as it is: it is limited where its port is made.
+        """
+        return factory
 
 
 class LimitingReactor:
@@ -71,15 +108,3 @@ def limit_reactor(reactor: Any, limiter: Limiter, when_full: str = "refuse") -> 
     """
     check_when_full(when_full)
     return LimitingReactor(reactor, limiter, when_full)
-
-
-class SocketLimitingEndpoint(LimitingEndpoint):
-    """
-    An endpoint whose limiter stands next to the socket: its inner endpoint was made with a `LimitingReactor`.
-    """
-
-    def limit(self, factory: IProtocolFactory) -> IProtocolFactory:
-        """
-        Leave the factory as it is: it is limited where its port is made.
-        """
-        return factory

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from typing import Any
 
-import attrs
 from twisted.internet.abstract import isIPAddress, isIPv6Address
 from twisted.internet.endpoints import clientFromString
 from twisted.internet.interfaces import (
@@ -95,7 +94,7 @@ def check_endpoint(endpoint: Any, lowest_port: int = 0) -> None:
 
     :raises ValueError: if there cannot.
     """
-    for each in _nested(endpoint):
+    for each in nested(endpoint):
         port, backlog = getattr(each, "_port", None), getattr(each, "_backlog", None)
         if isinstance(port, int) and not lowest_port <= port <= _MOST_PORT:
             raise ValueError(f"a port must be from {lowest_port} to {_MOST_PORT}, not {port}")
@@ -113,49 +112,13 @@ def check_endpoint(endpoint: Any, lowest_port: int = 0) -> None:
                 raise ValueError(f"the path must have {_LONGEST_PATH} bytes at the most")
 
 
-def _nested(endpoint: Any) -> Iterator[Any]:
+def nested(endpoint: Any) -> Iterator[Any]:
     """
     An endpoint, and those that it is around.
     """
     while endpoint is not None:
         yield endpoint
         endpoint = getattr(endpoint, "_wrappedEndpoint", None) or getattr(endpoint, "endpoint", None)
-
-
-@attrs.frozen
-class Where:
-    """
-    Where something listens.
-
-    :ivar kind: ``tcp``, ``unix``, or ``fd`` of a descriptor that was handed over.
-    :ivar at: the port, the path, or the number of the descriptor.
-    :ivar interface: of a port; nothing stands for all of them.
-    """
-
-    kind: str
-    at: Any
-    interface: str = ""
-
-    def __str__(self) -> str:
-        return f"{self.kind}:{self.at}" + (f":interface={self.interface}" if self.interface else "")
-
-    def __contains__(self, other: Where | None) -> bool:
-        return other == self or (other is not None and attrs.evolve(other, interface="") == self)
-
-
-def place_of(endpoint: Any) -> Where | None:
-    """
-    Where an endpoint listens, as far as Twisted's tell.
-    """
-    for each in _nested(endpoint):
-        if isinstance(getattr(each, "_port", None), int):
-            interface = getattr(each, "_interface", "")
-            return Where("tcp", each._port, "" if interface == "::" else interface)
-        if isinstance(getattr(each, "_address", None), str):
-            return Where("unix", os.path.abspath(each._address))
-        if isinstance(getattr(each, "fileno", None), int):
-            return Where("fd", each.fileno)
-    return None
 
 
 def _check_interface(interface: Any) -> None:
