@@ -152,6 +152,35 @@ def test_a_request_that_waits_for_its_lock_is_never_late(server: Server) -> None
     assert transport.sent().startswith(b"HTTP/1.1 200 ")
 
 
+def test_who_sends_more_while_its_request_waits_may_wait_a_minute(server: Server) -> None:
+    server.store.submit("new_peer", 1, 1e6)
+    server.store.submit("new_peer", 2, 1e6)
+    server.store.submit("acquire", 1, "A", 1, None)
+    acquire = (
+        b"PUT /peers/2/A?block_for=%ds HTTP/1.1\r\nContent-Type: application/json\r\n"
+        b"Content-Length: 1\r\n\r\n1"
+    )
+    patient, transport = server.connect()
+    patient.dataReceived(acquire % 50)
+    patient.dataReceived(HEALTH)
+    server.go_on(51)
+    assert transport.sent().endswith(b"Ok")
+    assert transport.producerState == "producing"
+    server.go_on(55)
+    assert not transport.disconnecting
+    # Nothing is read of one that waits longer, so it cannot be seen whether it is there still.
+    gone, transport = server.connect()
+    gone.dataReceived(acquire % 3600)
+    gone.dataReceived(HEALTH)
+    server.go_on(59)
+    assert not transport.aborted
+    server.go_on(2)
+    assert transport.aborted
+    assert len(server.site._polls) == 1
+    gone.connectionLost()
+    assert len(server.site._polls) == 0
+
+
 def test_who_goes_away_while_waiting_leaves_nothing_but_the_place(server: Server) -> None:
     server.store.submit("new_peer", 1, 1e6)
     server.store.submit("acquire", 1, "A", 1, None)

@@ -52,6 +52,9 @@ _REQUEST, _READ = 20.0, 60.0
 #: Seconds for which a connection is kept without a request.
 _IDLE = 60.0
 
+#: Seconds for which a request waits at most if there is more to be read behind it.
+_WAIT = 60.0
+
 #: Seconds for which a client that is refused may go on sending.
 _LAST_WORDS = 2.0
 
@@ -222,6 +225,9 @@ class HttpConnection(Protocol):
         if self._answering is not None or self._unparsed or self._is_behind or self._has_turn:
             self._unparsed += data
             self._pause()
+            if self._cancel is not None:
+                # Nobody would notice now that the client has gone.
+                self.factory.expect(self, "wait")
             return
         was_idle = self.expected == "idle"
         self._parse(data)
@@ -412,6 +418,8 @@ class HttpConnection(Protocol):
         if not request.is_persistent:
             self._close()
         elif self._requests or self._unparsed or self._is_paused or self._reading is not None:
+            if self.expected == "wait":
+                self.factory.expect(self, None)
             # Others have their turn first.
             self._later()
         elif not self._is_behind:
@@ -530,7 +538,14 @@ class HttpFactory(Factory):
     noisy = False
     protocol = HttpConnection  # type: ignore[assignment]
 
-    _SECONDS = {"request": _REQUEST, "read": _READ, "idle": _IDLE, "refused": _LAST_WORDS, "close": _READ}
+    _SECONDS = {
+        "request": _REQUEST,
+        "read": _READ,
+        "idle": _IDLE,
+        "refused": _LAST_WORDS,
+        "close": _READ,
+        "wait": _WAIT,
+    }
 
     def __init__(self, clock: IReactorTime, seconds: Callable[[], float] = monotonic) -> None:
         """

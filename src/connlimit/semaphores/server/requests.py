@@ -185,7 +185,7 @@ def _body(request: Request) -> Any:
     if request.body in _NUMBERS:
         return _NUMBERS[request.body]
     try:
-        return json.loads(request.body.decode(), object_pairs_hook=_object)
+        return _JSON.decode(request.body.decode())
     except (ValueError, RecursionError) as error:
         raise Refused(400, f"the body must be JSON: {error}") from None
 
@@ -200,3 +200,6 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
             raise Refused(422, f"the body must have {name[:40]!r} once")
         fields[name] = value
     return fields
+
+
+_JSON = json.JSONDecoder(object_pairs_hook=_object)
