@@ -60,7 +60,7 @@ WRONG = [(name, text) for name, (_, _, _, texts) in VALUES.items() for text in t
 # The command line
 
 
-def refused(*arguments: str, options: type[Options] | type[SemaphoresOptions] = Options) -> str:
+def refused(*arguments: str, options: type[Options | SemaphoresOptions] = Options) -> str:
     """
     The sentence with which the program ends.
     """
