@@ -59,3 +59,5 @@ def configured(tmp_path: Path) -> Iterator[Running]:
         it.program = program
         program.wait_for("2 served at once")
         yield it
+    for client in it.clients:
+        client.close()

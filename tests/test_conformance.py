@@ -67,12 +67,13 @@ class Servers:
         """
         if (way, reactor_name) not in self._running:
             script = Path(__file__).with_name("conformance_server.py")
-            process = subprocess.Popen(
-                [sys.executable, str(script), way, reactor_name, str(self.folder)],
-                stdout=subprocess.PIPE,
-                stderr=(self.folder / f"{way}-{reactor_name}.log").open("w"),
-                text=True,
-            )
+            with (self.folder / f"{way}-{reactor_name}.log").open("w") as log:
+                process = subprocess.Popen(
+                    [sys.executable, str(script), way, reactor_name, str(self.folder)],
+                    stdout=subprocess.PIPE,
+                    stderr=log,
+                    text=True,
+                )
             self._running[way, reactor_name] = process, json.loads(process.stdout.readline())
         return self._running[way, reactor_name][1]
 

@@ -80,14 +80,16 @@ def by_smtplib(port: int) -> str:
 
 
 def by_ftplib(port: int) -> str:
-    with pytest.raises(ftplib.error_temp) as caught:
-        ftplib.FTP(timeout=PATIENCE).connect("127.0.0.1", port)
+    with ftplib.FTP(timeout=PATIENCE) as client, pytest.raises(ftplib.error_temp) as caught:
+        client.connect("127.0.0.1", port)
     return str(caught.value)
 
 
 def by_poplib(port: int) -> str:
+    client = poplib.POP3.__new__(poplib.POP3)  # one that cannot be made does not close its socket
     with pytest.raises(poplib.error_proto) as caught:
-        poplib.POP3("127.0.0.1", port, PATIENCE)
+        client.__init__("127.0.0.1", port, PATIENCE)
+    client.close()
     return str(caught.value)
 
 

@@ -225,14 +225,16 @@ async def test_a_transport_that_is_forgotten_is_closed_and_its_slot_is_free(
             await until(lambda: limiter.snapshot().served == 1)
             second = await connected(where)
             await until(lambda: limiter.waiting == 1)
-            gc.collect()
+            with pytest.warns(ResourceWarning, match="unclosed"):
+                gc.collect()
             await client.is_closed()
             began = reactor.seconds()
             await until(lambda: limiter.snapshot().served == 2)
             assert reactor.seconds() - began < 1.2
             assert limiter.snapshot().reclaimed == 1
             second.transport.abortConnection()
-            gc.collect()
+            with pytest.warns(ResourceWarning, match="unclosed"):
+                gc.collect()
     assert any("garbage" in warning["why"] for warning in log.warnings())
 
 

@@ -333,7 +333,7 @@ class Switch(threading.Thread):
     def __init__(self, redis: Redis) -> None:
         super().__init__(daemon=True)
         self._redis = redis
-        self._pairs: list[socket.socket] = []
+        self._pairs: list[tuple[socket.socket, socket.socket, list[threading.Thread]]] = []
         self._listening = socket.create_server(("127.0.0.1", 0))
         self.url = f"redis://127.0.0.1:{self._listening.getsockname()[1]}"
         self.redis_url = redis.url
@@ -348,9 +348,11 @@ class Switch(threading.Thread):
                 server = socket.socket(socket.AF_UNIX)
                 with suppress(OSError):
                     server.connect(str(self._redis.socket))
-                self._pairs += [client, server]
-                for one, other in ((client, server), (server, client)):
-                    threading.Thread(target=self._copy, args=(one, other), daemon=True).start()
+                ways = ((client, server), (server, client))
+                threads = [threading.Thread(target=self._copy, args=way, daemon=True) for way in ways]
+                for thread in threads:
+                    thread.start()
+                self._pairs.append((client, server, threads))
 
     def _copy(self, one: socket.socket, other: socket.socket) -> None:
         with suppress(OSError):
@@ -367,9 +369,9 @@ class Switch(threading.Thread):
         """
         Let nothing more reach the client at this port.
         """
-        for each in self._pairs:
-            if each.family == socket.AF_INET and each.getpeername()[1] == port:
-                self._swallowed.add(each)
+        for client, _, _ in self._pairs:
+            if client.getpeername()[1] == port:
+                self._swallowed.add(client)
 
     def to(self, redis: Redis) -> None:
         """
@@ -377,9 +379,14 @@ class Switch(threading.Thread):
         """
         self._redis = redis
         pairs, self._pairs = self._pairs, []
-        for each in pairs:
-            with suppress(OSError):
-                each.shutdown(socket.SHUT_RDWR)
+        for client, server, threads in pairs:
+            for each in (client, server):
+                with suppress(OSError):
+                    each.shutdown(socket.SHUT_RDWR)
+            for thread in threads:
+                thread.join(PATIENCE)
+            client.close()
+            server.close()
 
     def stop(self) -> None:
         self._listening.close()

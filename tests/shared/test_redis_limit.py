@@ -393,9 +393,10 @@ def test_four_processes_never_have_more_than_the_limit_whatever_happens_to_them(
         for client in clients:
             client.start()
         time.sleep(1)
-        killed = next(iter(workers))
-        workers[killed].kill()
-        workers.pop(killed).wait()
+        killed = workers.pop(next(iter(workers)))
+        killed.kill()
+        killed.wait()
+        killed.stdout.close()
         start()
         stopped = next(iter(workers.values()))
         os.kill(stopped.pid, signal.SIGSTOP)

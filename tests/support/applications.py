@@ -82,6 +82,7 @@ class Running:
         self.port, self.other, self.status = free_port(), free_port(), free_port()
         (folder / "server.py").write_text(SERVER)
         self.program: Program
+        self.clients: list[socket.socket] = []
 
     def write(self, text: str, status: bool = True) -> None:
         if status:
@@ -103,7 +104,8 @@ class Running:
             time.sleep(0.01)
 
     def connect(self, port: int | None = None) -> socket.socket:
-        return socket.create_connection(("127.0.0.1", port or self.port), PATIENCE)
+        self.clients.append(socket.create_connection(("127.0.0.1", port or self.port), PATIENCE))
+        return self.clients[-1]
 
     def get(self, path: str) -> str:
         with urllib.request.urlopen(f"http://127.0.0.1:{self.status}/{path}", timeout=PATIENCE) as answer:

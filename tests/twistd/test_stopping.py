@@ -187,7 +187,9 @@ def test_a_relayed_connection_that_is_silent_after_its_answer_does_not_hold_the_
         )
         options = [f"--forward=tcp:127.0.0.1:{backend.port()}", "--max-connections=5", "--drain-timeout=25"]
         program = stack.enter_context(running("connlimit", f"--listen={LOCAL}", *options))
-        kept, slow = (asking(program.port(), f"?seconds={seconds}") for seconds in (0, 8))
+        kept, slow = (
+            stack.enter_context(asking(program.port(), f"?seconds={seconds}")) for seconds in (0, 8)
+        )
         while b"the page" not in kept.recv(1000):
             pass
         program.process.send_signal(signal.SIGTERM)
