@@ -23,8 +23,21 @@ from connlimit._twistd.command_line import Options
 from connlimit._twistd.config_file import Config, ServiceConfig, StatusConfig
 from connlimit._twistd.semaphores.command_line import Options as SemaphoresOptions
 from connlimit._twistd.toml import document
+from connlimit.interfaces import COUNTER, FIGURES
 from connlimit.metrics import LimiterCollector
+from connlimit.status.metrics import metric_name
 from connlimit.status.watch import Watch
+
+
+def _table(widths: str, rows: list[tuple[str, ...]]) -> str:
+    """
+    A table; the first row is its head.
+    """
+    lines = [".. list-table::", "   :header-rows: 1", f"   :widths: {widths}", ""]
+    for row in rows:
+        for index, cell in enumerate(row):
+            lines.append(f"   {'*' if index == 0 else ' '} - {cell}")
+    return "\n".join(lines)
 
 
 class SettingsDirective(SphinxDirective):
@@ -33,15 +46,31 @@ class SettingsDirective(SphinxDirective):
     """
 
     def run(self) -> list[nodes.Node]:
-        lines = [".. list-table::", "   :header-rows: 1", "   :widths: 20 14 14 12 40", ""]
         rows = [("Setting", "Type", "Unit", "Default", "Means")]
         for name, field in FIELDS.items():
             unit, help = field.metadata["unit"] or "text", field.metadata["help"]
             rows.append((f"``{name}``", f"``{field.type}``", unit, f"``{field.default}``", help))
-        for row in rows:
-            for index, cell in enumerate(row):
-                lines.append(f"   {'*' if index == 0 else ' '} - {cell}")
-        return self.parse_text_to_nodes("\n".join(lines))
+        return self.parse_text_to_nodes(_table("20 14 14 12 40", rows))
+
+
+class FiguresDirective(SphinxDirective):
+    """
+    The table of a snapshot's figures.
+    """
+
+    def run(self) -> list[nodes.Node]:
+        return self.parse_text_to_nodes(figures())
+
+
+def figures() -> str:
+    """
+    The table of a snapshot's figures, as text.
+    """
+    rows = [("Field", "Kind", "Unit", "Means", "Metric")]
+    for name, figure in FIGURES.items():
+        metric = metric_name(name, figure) + ("_total" if figure.kind == COUNTER else "")
+        rows.append((f"``{name}``", figure.kind, figure.unit, figure.help, f"``{metric}``"))
+    return _table("16 12 14 36 22", rows)
 
 
 class OptionsDirective(SphinxDirective):
@@ -80,14 +109,8 @@ class FileKeysDirective(SphinxDirective):
                 if field.name not in ("name", "limiters", "shared", "services", "status"):
                     default = "" if field.default in (attrs.NOTHING, None, ()) else f"``{field.default}``"
                     rows.append((f"{prefix}{field.name}", texts[field.name], default))
-        lines = [".. list-table::", "   :header-rows: 1", "   :widths: 34 52 14", ""]
-        for key, text, default in [("Key", "Means", "Default"), *rows]:
-            lines += [
-                f"   * - {key if key == 'Key' else f'``{key}``'}",
-                f"     - {text}",
-                f"     - {default}",
-            ]
-        return self.parse_text_to_nodes("\n".join(lines))
+        shown = [(f"``{key}``", text, default) for key, text, default in rows]
+        return self.parse_text_to_nodes(_table("34 52 14", [("Key", "Means", "Default"), *shown]))
 
 
 class LogEventsDirective(SphinxDirective):
@@ -96,16 +119,12 @@ class LogEventsDirective(SphinxDirective):
     """
 
     def run(self) -> list[nodes.Node]:
-        lines = [".. list-table::", "   :header-rows: 1", "   :widths: 20 12 68", ""]
         rows = [("Namespace", "Level", "Event")]
         source = Path(connlimit.__file__).parent
         for file in sorted(source.rglob("*.py")):
             module = ".".join(("connlimit", *file.relative_to(source).with_suffix("").parts))
             rows += [(f"``{module}``", level, f"``{text}``") for level, text in _logged(file)]
-        for row in rows:
-            for index, cell in enumerate(row):
-                lines.append(f"   {'*' if index == 0 else ' '} - {cell}")
-        return self.parse_text_to_nodes("\n".join(lines))
+        return self.parse_text_to_nodes(_table("20 12 68", rows))
 
 
 def _logged(file: Path) -> Iterator[tuple[str, str]]:
@@ -158,15 +177,11 @@ class KindsDirective(SphinxDirective):
     """
 
     def run(self) -> list[nodes.Node]:
-        lines = [".. list-table::", "   :header-rows: 1", "   :widths: 25 55 20", ""]
         rows = [("Protocols", "Classes, and all that are made of them", "``refusal``")]
         for kind in KINDS:
             texts = [", ".join(f"``{name}``" for name in names) for names in (kind.classes, kind.refusals)]
             rows.append((kind.name, *texts))
-        for row in rows:
-            for index, cell in enumerate(row):
-                lines.append(f"   {'*' if index == 0 else ' '} - {cell}")
-        return self.parse_text_to_nodes("\n".join(lines))
+        return self.parse_text_to_nodes(_table("25 55 20", rows))
 
 
 class ConformanceDirective(SphinxDirective):
@@ -189,7 +204,6 @@ class MetricsDirective(SphinxDirective):
 
     def run(self) -> list[nodes.Node]:
         watch = Watch(Limiter(1, name="web"))
-        lines = [".. list-table::", "   :header-rows: 1", "   :widths: 40 15 45", ""]
         rows = [("Metric", "Type", "Means")]
         for family in LimiterCollector([watch], 0.0).collect():
             name = family.name + {"counter": "_total", "info": "_info"}.get(family.type, "")
@@ -199,10 +213,7 @@ class MetricsDirective(SphinxDirective):
             rows.append(
                 (f"``{name}{{{labels}}}``" if labels else f"``{name}``", family.type, family.documentation)
             )
-        for row in rows:
-            for index, cell in enumerate(row):
-                lines.append(f"   {'*' if index == 0 else ' '} - {cell}")
-        return self.parse_text_to_nodes("\n".join(lines))
+        return self.parse_text_to_nodes(_table("40 15 45", rows))
 
 
 def setup(app: Sphinx) -> dict[str, bool]:
@@ -210,6 +221,7 @@ def setup(app: Sphinx) -> dict[str, bool]:
     Register the directives.
     """
     app.add_directive("limiter-settings", SettingsDirective)
+    app.add_directive("snapshot-figures", FiguresDirective)
     app.add_directive("command-line-options", OptionsDirective)
     app.add_directive("semaphores-options", SemaphoresOptionsDirective)
     app.add_directive("file-keys", FileKeysDirective)

@@ -4,7 +4,7 @@ What occupants, limits, orders, refusals and observers are to each other, and wh
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Hashable, Mapping
+from collections.abc import Callable, Generator, Hashable, Mapping, Sequence
 from typing import Any
 
 import attrs
@@ -22,53 +22,155 @@ DRAINING = "draining"
 REASONS = (FULL, TIMEOUT, PEER, DESCRIPTORS, DRAINING)
 
 
+#: The kinds of figures. Of several limiters together, gauges and counters are added up, and of maxima the
+#: highest is taken; a flag is not added up.
+GAUGE = "gauge"
+COUNTER = "counter"
+MAXIMUM = "maximum"
+FLAG = "flag"
+
+
+@attrs.frozen(kw_only=True)
+class Figure:
+    """
+    What there is to know of a field of `Snapshot`, for whatever shows it or adds it up.
+
+    :ivar kind: ``gauge``, how much there is now; ``counter``, how much there has been since the limiter was
+        made; ``maximum``, the highest of several; ``flag``, whether something is so.
+    :ivar unit: ``connections`` or ``seconds``; empty for a flag.
+    :ivar help: what it tells.
+    :ivar title: what it is called on the status page and in a terminal; if not given, as the field is.
+    :ivar label: what it is counted by; None if it is one number.
+    :ivar setting: the setting by which it is limited, or None.
+    :ivar metric: the name of its metric, if that is not its own; if several share one, it tells them apart by
+        their ``state``.
+    """
+
+    kind: str
+    unit: str
+    help: str
+    title: str = ""
+    label: str | None = None
+    setting: str | None = None
+    metric: str | None = None
+
+
+def figure(kind: str, help: str, unit: str = "connections", **more: str) -> dict[str, Figure]:
+    """
+    The metadata of a field that is a figure.
+
+    :param more: what else a `Figure` has.
+    """
+    return {"figure": Figure(kind=kind, help=help, unit=unit, **more)}
+
+
 @attrs.frozen
 class Snapshot:
     """
     What a limiter has done since it was made, and what it holds now.
 
     ``accepted`` is always ``active + waiting + finished + departed`` and all of ``refused``; the exempt are
-    counted apart.
-
-    :ivar settings: the settings in force.
-    :ivar active: connections that hold a slot.
-    :ivar waiting: connections in the line.
-    :ivar accepted: connections the limiter was asked about.
-    :ivar served: connections that got a slot, at once or after a wait.
-    :ivar finished: connections that were served and are over.
-    :ivar departed: clients that went away while they waited.
-    :ivar refused: connections turned away, by reason.
-    :ivar longest_wait: seconds that the first of the line has waited; 0.0 if nobody waits.
-    :ivar waits: connections that were served after a wait.
-    :ivar wait_seconds: how long these have waited, all together.
-    :ivar reclaimed: of the finished, those whose protocol was not told of the end of its socket.
-    :ivar idle_closed: connections that were closed because they were idle while others waited.
-    :ivar exempt: exempt connections that are served now.
-    :ivar exempted: exempt connections so far.
-    :ivar backlog: connections that the kernel has accepted and we have not, on all ports; None if it does
-        not tell.
-    :ivar draining: whether the limiter is being drained.
-    :ivar dry_run: in a dry run, what would have happened without it; None otherwise.
+    counted apart. A field that is None is not known.
     """
 
-    settings: Any
-    active: int
-    waiting: int
-    accepted: int
-    served: int
-    finished: int
-    departed: int
-    refused: Mapping[str, int]
-    longest_wait: float
-    waits: int
-    wait_seconds: float
-    reclaimed: int
-    idle_closed: int
-    exempt: int
-    exempted: int
-    backlog: int | None
-    draining: bool
+    active: int = attrs.field(
+        metadata=figure(
+            GAUGE,
+            "connections that hold a slot",
+            title="served",
+            setting="max_connections",
+            metric="connections",
+        )
+    )
+    waiting: int = attrs.field(
+        metadata=figure(
+            GAUGE, "connections that wait in the queue", setting="max_waiting", metric="connections"
+        )
+    )
+    accepted: int = attrs.field(metadata=figure(COUNTER, "connections that the limiter was asked about"))
+    served: int = attrs.field(
+        metadata=figure(
+            COUNTER, "connections that got a slot, at once or after a wait", title="served so far"
+        )
+    )
+    finished: int = attrs.field(metadata=figure(COUNTER, "connections that were served and are over"))
+    departed: int = attrs.field(
+        metadata=figure(COUNTER, "clients that went away while they waited", title="departed while waiting")
+    )
+    refused: Mapping[str, int] = attrs.field(
+        metadata=figure(COUNTER, "connections that were turned away, by reason", label="reason")
+    )
+    longest_wait: float = attrs.field(
+        metadata=figure(
+            MAXIMUM, "how long the first of the queue has waited; 0 if nobody waits", unit="seconds"
+        )
+    )
+    waits: int = attrs.field(
+        metadata=figure(COUNTER, "connections that were served after a wait", title="served after a wait")
+    )
+    wait_seconds: float = attrs.field(
+        metadata=figure(
+            COUNTER,
+            "how long those who were served after a wait have waited, all together",
+            unit="seconds",
+            title="waited in all",
+            metric="waited",
+        )
+    )
+    reclaimed: int = attrs.field(
+        metadata=figure(
+            COUNTER,
+            "of the finished, those whose protocol was not told of the end of its socket",
+            title="slots reclaimed",
+        )
+    )
+    idle_closed: int = attrs.field(
+        metadata=figure(
+            COUNTER,
+            "connections that were closed because they were idle while others waited",
+            title="closed when idle",
+        )
+    )
+    exempt: int = attrs.field(
+        metadata=figure(
+            GAUGE, "exempt connections that are served now", title="exempt now", metric="connections"
+        )
+    )
+    exempted: int = attrs.field(metadata=figure(COUNTER, "exempt connections so far", title="exempt so far"))
+    backlog: int | None = attrs.field(
+        metadata=figure(
+            MAXIMUM,
+            "connections that the kernel has accepted and we have not, on all ports, which workers share",
+            title="in the kernel's backlog",
+        )
+    )
+    draining: bool = attrs.field(metadata=figure(FLAG, "whether the limiter is being drained", unit=""))
+    #: In a dry run, what would have happened without it; None otherwise.
     dry_run: Snapshot | None
+
+    def figures(self) -> dict[str, Any]:
+        """
+        All figures by their names, as JSON can say them.
+        """
+        values = {name: getattr(self, name) for name in FIGURES}
+        return {name: dict(value) if FIGURES[name].label else value for name, value in values.items()}
+
+
+def figures_of(cls: type[Snapshot]) -> dict[str, Figure]:
+    """
+    The figures of a class of snapshots, by the names of their fields.
+    """
+    figures = {name: field.metadata.get("figure") for name, field in attrs.fields_dict(cls).items()}
+    return {
+        name: attrs.evolve(figure, title=figure.title or name.replace("_", " "))
+        for name, figure in figures.items()
+        if figure is not None
+    }
+
+
+#: The one table from which are made what workers report, the sums of it, the metrics, the status page, its
+#: JSON, ``connlimit-top``, and the reference.
+FIGURES: Mapping[str, Figure] = figures_of(Snapshot)
 
 
 class IConnection(Interface):
@@ -343,9 +445,9 @@ class ILimiter(Interface):
         :param connection: which.
         """
 
-    def first_waiting(count: int) -> list[tuple[IAddress, float]]:
+    def first_waiting(count: int) -> Sequence[tuple[IAddress | str, float]]:
         """
-        The addresses of those who have waited longest, each with how many seconds.
+        The addresses of those who have waited longest, or the texts of these, each with how many seconds.
         """
 
     def busiest_peers(count: int) -> list[tuple[Hashable, int, int]]:

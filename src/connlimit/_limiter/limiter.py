@@ -290,7 +290,6 @@ class Limiter:
         """
         self._reclaim_collected()
         return Snapshot(
-            settings=self.settings,
             active=self.active,
             waiting=self.waiting,
             accepted=self._accepted,

@@ -16,6 +16,7 @@ from twisted.logger import Logger
 from connlimit._limiter.limiter import Limiter
 from connlimit._system import descriptors, systemd
 from connlimit._twistd.processes.role import Alone
+from connlimit.interfaces import ILimiter
 from connlimit.observers import ConnectionLog, LimiterLog
 from connlimit.shared.by_url import close
 
@@ -173,7 +174,7 @@ class Program(MultiService):
             )
         await limiter.drain(self.drain_timeout)
 
-    def _tell_end(self, limiter: Limiter) -> None:
+    def _tell_end(self, limiter: ILimiter) -> None:
         after = limiter.snapshot()
         _log.info(
             "{limiter}: drained: {served} connections were served and {refused} refused in all",
@@ -193,11 +194,11 @@ class Program(MultiService):
             raise CannotStart(f"connlimit: {error}") from None
 
 
-def summary(limiter: Limiter) -> str:
+def summary(limiter: ILimiter) -> str:
     """
     One phrase on what a limiter does now.
     """
-    most = limiter.max_connections
+    most = limiter.settings.max_connections
     served = f"{limiter.active}/{'any' if most is None else most} served"
     return f"{limiter.name}: {served}, {limiter.waiting} waiting"
 

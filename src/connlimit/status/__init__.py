@@ -10,7 +10,7 @@ from typing import Protocol
 from twisted.application.service import IService
 from twisted.internet.interfaces import IStreamServerEndpoint
 
-from connlimit._limiter.limiter import Limiter
+from connlimit.interfaces import ILimiter
 from connlimit.status.in_code import serve
 from connlimit.status.service import StatusService
 
@@ -24,7 +24,7 @@ class Limited(Protocol):
     """
 
     @property
-    def limiters(self) -> Mapping[str, Limiter]:
+    def limiters(self) -> Mapping[str, ILimiter]:
         """
         The limiters by name.
         """

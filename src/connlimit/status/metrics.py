@@ -7,9 +7,10 @@ connection but the histogram of waiting times. Needs prometheus-client (``connli
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from itertools import accumulate
-from typing import TYPE_CHECKING
+from typing import Any
 
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import (
@@ -21,23 +22,19 @@ from prometheus_client.core import (
 )
 from prometheus_client.registry import Collector
 
+from connlimit._limiter.settings import FIELDS
 from connlimit._system import descriptors
 from connlimit._system.version import __version__
-from connlimit.status.watch import BUCKETS
+from connlimit.interfaces import COUNTER, FIGURES, Figure
+from connlimit.status.watch import BUCKETS, Watch
 
-if TYPE_CHECKING:
-    from connlimit.status.watch import Watch
 
-#: The counters: the name of the metric, its help, and that of the snapshot's field.
-COUNTERS = (
-    ("connlimit_accepted", "Connections that were accepted.", "accepted"),
-    ("connlimit_served", "Connections that got a slot.", "served"),
-    ("connlimit_finished", "Connections that were served and are over.", "finished"),
-    ("connlimit_departed", "Clients that went away while they waited.", "departed"),
-    ("connlimit_reclaimed", "Slots whose protocols were not told of the end.", "reclaimed"),
-    ("connlimit_idle_closed", "Connections that were closed because they were idle.", "idle_closed"),
-    ("connlimit_exempted", "Exempt connections.", "exempted"),
-)
+def metric_name(name: str, figure: Figure) -> str:
+    """
+    The name of the metric that tells a figure.
+    """
+    name = f"connlimit_{figure.metric or name}"
+    return f"{name}_seconds" if figure.unit == "seconds" and not name.endswith("_seconds") else name
 
 
 class LimiterCollector(Collector):
@@ -53,51 +50,33 @@ class LimiterCollector(Collector):
         """
         See `prometheus_client.registry.Collector.collect`.
         """
-        snapshots = [(watch.name, watch.limiter.snapshot()) for watch in self._watches]
         yield InfoMetricFamily("connlimit_build", "What serves these metrics.", {"version": __version__})
-        gauge = GaugeMetricFamily("connlimit_connections", "Connections now.", labels=["limiter", "state"])
-        for name, now in snapshots:
-            for state, value in (("active", now.active), ("waiting", now.waiting), ("exempt", now.exempt)):
-                gauge.add_metric([name, state], value)
-        yield gauge
-        gauge = GaugeMetricFamily(
-            "connlimit_max_connections",
-            "How many are served at once at most; infinite without a limit.",
-            labels=["limiter"],
-        )
-        for name, now in snapshots:
-            most = now.settings.max_connections
-            gauge.add_metric([name], float("inf") if most is None else most)
-        yield gauge
-        gauge = GaugeMetricFamily(
-            "connlimit_longest_wait_seconds", "How long the first of the line has waited.", labels=["limiter"]
-        )
-        for name, now in snapshots:
-            gauge.add_metric([name], now.longest_wait)
-        yield gauge
-        gauge = GaugeMetricFamily(
-            "connlimit_backlog",
-            "Connections that the kernel holds until they are accepted.",
-            labels=["limiter"],
-        )
-        for name, now in snapshots:
-            if now.backlog is not None:
-                gauge.add_metric([name], now.backlog)
-        yield gauge
-        for metric, help, field in COUNTERS:
-            counter = CounterMetricFamily(metric, help, labels=["limiter"])
-            for name, now in snapshots:
-                counter.add_metric([name], getattr(now, field))
-            yield counter
-        counter = CounterMetricFamily(
-            "connlimit_refused", "Connections that were turned away.", labels=["limiter", "reason"]
-        )
-        for name, now in snapshots:
-            for reason, count in now.refused.items():
-                counter.add_metric([name, reason], count)
-        yield counter
+        yield from self._settings()
+        yield from self._figures()
         yield self._waits()
         yield from self._process()
+
+    def _settings(self) -> Iterator[Metric]:
+        """
+        The settings by which figures are limited.
+        """
+        for name in (figure.setting for figure in FIGURES.values() if figure.setting):
+            help = FIELDS[name].metadata["help"].capitalize()
+            gauge = GaugeMetricFamily(
+                f"connlimit_{name}", f"{help}; infinite without a limit.", labels=["limiter"]
+            )
+            for watch in self._watches:
+                most = getattr(watch.limiter.settings, name)
+                gauge.add_metric([watch.name], math.inf if most is None else most)
+            yield gauge
+
+    def _figures(self) -> Iterator[Metric]:
+        shared: dict[str, list[str]] = {}
+        for name, figure in FIGURES.items():
+            shared.setdefault(metric_name(name, figure), []).append(name)
+        snapshots = [(watch.name, watch.limiter.snapshot().figures()) for watch in self._watches]
+        for metric, names in shared.items():
+            yield _family(metric, names, snapshots)
 
     def _waits(self) -> Metric:
         histogram = HistogramMetricFamily(
@@ -133,6 +112,29 @@ class LimiterCollector(Collector):
                 "How late the reactor was with what was due once a second.",
                 value=self._reactor_lag,
             )
+
+
+def _family(metric: str, names: list[str], snapshots: list[tuple[str, dict[str, Any]]]) -> Metric:
+    """
+    A metric, and what it tells of each limiter: a figure, or several by their names.
+    """
+    figures = [FIGURES[name] for name in names]
+    labels = ["limiter"] + [figure.label for figure in figures if figure.label]
+    if len(names) > 1:
+        labels.append("state")
+        help = "; ".join(f"{name}: {FIGURES[name].help}" for name in names) + "."
+    else:
+        help = f"{figures[0].help[0].upper()}{figures[0].help[1:]}."
+    make = CounterMetricFamily if figures[0].kind == COUNTER else GaugeMetricFamily
+    family = make(metric, help, labels=labels)
+    for limiter, values in snapshots:
+        for name in names:
+            value = values[name]
+            told = value.items() if FIGURES[name].label else [(name, value)]
+            for label, number in told:
+                if number is not None:
+                    family.add_metric([limiter, label][: len(labels)], number)
+    return family
 
 
 def exposition(watches: Iterable[Watch], reactor_lag: float | None = None) -> bytes:

@@ -8,6 +8,7 @@ from html import escape
 from importlib.resources import files
 from typing import Any
 
+from connlimit.interfaces import COUNTER, FIGURES, FLAG, GAUGE, MAXIMUM
 from connlimit.status.watch import SAMPLES
 
 _WIDTH, _HEIGHT, _POINTS = 600, 120, 200
@@ -76,41 +77,49 @@ def limiter(facts: dict[str, Any]) -> str:
     The section of a limiter.
     """
     name = escape(facts["name"])
-    most, most_waiting = facts["max_connections"], facts["max_waiting"]
+    most = facts["max_connections"]
     full = most is not None and facts["active"] >= most
-    refused = [(f"refused: {reason}", count) for reason, count in facts["refused"].items() if count]
     percentiles = [
         (f"{p[1:]} % waited at most", _seconds(value)) for p, value in facts["percentiles"].items()
     ]
-    counters = [
-        ("accepted", facts["accepted"]),
-        ("finished", facts["finished"]),
-        ("departed while waiting", facts["departed"]),
-        *refused,
-        ("exempt", f"{facts['exempt']} now, {facts['exempted']} so far"),
-        ("slots reclaimed", facts["reclaimed"]),
-        ("closed when idle", facts["idle_closed"]),
-        ("in the kernel's backlog", "unknown" if facts["backlog"] is None else facts["backlog"]),
-    ]
-    tables = _table("Counters", counters) + _table(
-        "Waiting", [("longest wait", _seconds(facts["longest_wait"])), *percentiles]
+    tables = _table(
+        "Counters", [row for each in FIGURES if FIGURES[each].kind == COUNTER for row in _rows(each, facts)]
     )
+    now = [each for each, figure in FIGURES.items() if figure.kind in (GAUGE, MAXIMUM) and not figure.setting]
+    tables += _table("Now", [row for each in now for row in _rows(each, facts)])
+    tables += _table("Waiting", percentiles)
     if "peers" in facts:
         peers = [(p["peer"], p["active"], p["waiting"]) for p in facts["peers"]]
         tables += _table("Busiest peers", peers, ("peer", "served", "waiting"))
         line = [(w["address"], _seconds(w["age"])) for w in facts["line"]]
         tables += _table("First in line", line, ("address", "waits for"))
-    state = " · draining" if facts["draining"] else ""
+    flags = [escape(each.title) for name, each in FIGURES.items() if each.kind == FLAG and facts[name]]
+    state = "".join(f" · {flag}" for flag in flags)
     if full:
         state += ' <span class="state">full</span>'
     return (
         f'<section class="{"full" if full else "room"}" aria-labelledby="limiter-{name}">'
         f'<h2 id="limiter-{name}">{name}{state}</h2>'
-        + _bar("active", "served", facts["active"], most)
-        + _bar("waiting", "waiting", facts["waiting"], most_waiting)
+        + "".join(
+            _bar(name, figure.title, facts[name], facts[figure.setting])
+            for name, figure in FIGURES.items()
+            if figure.setting
+        )
         + _chart(facts["history"])
         + f'<div class="tables">{tables}</div></section>'
     )
+
+
+def _rows(name: str, facts: dict[str, Any]) -> list[tuple[str, str]]:
+    """
+    What there is to tell of a figure: a number, or those that are not 0 of what it is counted by.
+    """
+    figure, value = FIGURES[name], facts[name]
+    if figure.label:
+        return [(f"{figure.title}: {each}", str(count)) for each, count in value.items() if count]
+    if value is None:
+        return [(figure.title, "unknown")]
+    return [(figure.title, _seconds(value) if figure.unit == "seconds" else str(value))]
 
 
 def _bar(cls: str, word: str, value: int, most: int | None) -> str:

@@ -17,8 +17,10 @@ from urllib.error import HTTPError
 from urllib.request import urlopen
 
 from connlimit._system.version import __version__
+from connlimit.interfaces import COUNTER, FIGURES, FLAG, GAUGE, MAXIMUM
 
 _BAR = 30
+_WIDTH = 100
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -105,16 +107,19 @@ def lines(state: dict[str, Any]) -> list[str]:
     """
     shown = []
     for limiter in state["limiters"]:
-        shown.append(_printable(limiter["name"]) + (" (draining)" if limiter["draining"] else ""))
-        shown.append(_bar("served", limiter["active"], limiter["max_connections"]))
-        shown.append(_bar("waiting", limiter["waiting"], limiter["max_waiting"]))
-        waits = "  ".join(f"{name} {value:.2f} s" for name, value in limiter["percentiles"].items())
-        shown.append(f"  waits    longest now {limiter['longest_wait']:.2f} s  {waits}")
-        refused = ", ".join(f"{count} {reason}" for reason, count in limiter["refused"].items() if count)
-        shown.append(
-            f"  so far   {limiter['accepted']} accepted  {limiter['finished']} finished  "
-            f"{limiter['departed']} departed  refused: {refused or 'none'}"
-        )
+        flags = [figure.title for name, figure in FIGURES.items() if figure.kind == FLAG and limiter[name]]
+        shown.append(_printable(limiter["name"]) + "".join(f" ({flag})" for flag in flags))
+        for name, figure in FIGURES.items():
+            if figure.setting:
+                shown.append(_bar(figure.title, limiter[name], limiter[figure.setting]))
+        now = [
+            name for name, figure in FIGURES.items() if figure.kind in (GAUGE, MAXIMUM) and not figure.setting
+        ]
+        waits = [f"{name} {value:.2f} s" for name, value in limiter["percentiles"].items()]
+        shown += _wrapped("now", [_told(name, limiter[name]) for name in now])
+        shown += _wrapped("waits", waits)
+        so_far = [name for name, figure in FIGURES.items() if figure.kind == COUNTER]
+        shown += _wrapped("so far", [_told(name, limiter[name]) for name in so_far])
         for peer in limiter.get("peers", [])[:5]:
             shown.append(
                 f"  peer     {_printable(peer['peer']):40} {peer['active']} served  {peer['waiting']} waiting"
@@ -127,6 +132,31 @@ def lines(state: dict[str, Any]) -> list[str]:
         f"connlimit {_printable(str(state.get('version', '')))}"
     )
     return shown
+
+
+def _told(name: str, value: Any) -> str:
+    """
+    A figure in words.
+    """
+    figure = FIGURES[name]
+    if figure.label:
+        counts = ", ".join(f"{count} {_printable(each)}" for each, count in value.items() if count)
+        return f"{figure.title}: {counts or 'none'}"
+    if value is None:
+        return f"{figure.title}: unknown"
+    return f"{figure.title}: {value:.2f} s" if figure.unit == "seconds" else f"{figure.title}: {value}"
+
+
+def _wrapped(head: str, told: list[str]) -> list[str]:
+    """
+    What is told after a word, in lines that are not too long.
+    """
+    rows = [f"  {head:8}"]
+    for each in told:
+        if len(rows[-1]) + len(each) > _WIDTH:
+            rows.append(" " * 10)
+        rows[-1] += f" {each} "
+    return [row.rstrip() for row in rows]
 
 
 def _bar(word: str, value: int, most: int | None) -> str:

@@ -11,8 +11,7 @@ from typing import Any
 
 import attrs
 
-from connlimit._limiter.limiter import Limiter
-from connlimit.interfaces import IConnection, ILimiter
+from connlimit.interfaces import FIGURES, IConnection, ILimiter
 from connlimit.observers import LimiterObserver
 
 #: Seconds between samples, and how many are kept: ten minutes.
@@ -51,7 +50,7 @@ class Watch(LimiterObserver):
     """
 
     def __init__(
-        self, limiter: Limiter, name: str | None = None, changed: Callable[[], None] = lambda: None
+        self, limiter: ILimiter, name: str | None = None, changed: Callable[[], None] = lambda: None
     ) -> None:
         """
         :param name: what it is called where it is shown; its own name if not given.
@@ -100,31 +99,17 @@ class Watch(LimiterObserver):
         """
         Everything there is to tell but for peers, as JSON can say it. Costs the same however many wait.
         """
-        now = self.limiter.snapshot()
-        facts: dict[str, Any] = {
+        settings = self.limiter.settings
+        return {
             "name": self.name,
-            "max_connections": now.settings.max_connections,
-            "max_waiting": now.settings.max_waiting,
-            "refused": dict(now.refused),
+            **{
+                figure.setting: getattr(settings, figure.setting)
+                for figure in FIGURES.values()
+                if figure.setting
+            },
+            **self.limiter.snapshot().figures(),
             "percentiles": self.percentiles(),
         }
-        for name in (
-            "active",
-            "waiting",
-            "accepted",
-            "served",
-            "finished",
-            "departed",
-            "reclaimed",
-            "idle_closed",
-            "exempt",
-            "exempted",
-            "longest_wait",
-            "backlog",
-            "draining",
-        ):
-            facts[name] = getattr(now, name)
-        return facts
 
     async def peers(self, turn: Callable[[], Awaitable[object]]) -> dict[str, Any]:
         """

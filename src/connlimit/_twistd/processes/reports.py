@@ -6,31 +6,33 @@ from __future__ import annotations
 
 import json
 from collections import Counter, deque
-from collections.abc import Generator, Hashable, Iterator
+from collections.abc import Generator, Hashable, Iterable, Iterator, Sequence
 from heapq import nlargest
 from typing import Any
 
 import attrs
-from twisted.internet.defer import Deferred, succeed
+from twisted.internet.defer import Deferred
+from twisted.internet.interfaces import IReactorTime
+from zope.interface import implementer
 
+from connlimit._limiter.inert import Inert
 from connlimit._limiter.limiter import Limiter
-from connlimit.interfaces import IConnection, ILimiter, Snapshot
+from connlimit._limiter.settings import Settings
+from connlimit.interfaces import (
+    COUNTER,
+    FIGURES,
+    FLAG,
+    FULL,
+    MAXIMUM,
+    Figure,
+    IConnection,
+    ILimit,
+    ILimiter,
+    ILimiterObserver,
+    Snapshot,
+)
 from connlimit.observers import LimiterObserver
 from connlimit.status.watch import PEERS, SHOWN, address_text
-
-#: What is added up over the workers: counts of now, and counts since the start.
-_GAUGES = ("active", "waiting", "exempt")
-_COUNTERS = (
-    "accepted",
-    "served",
-    "finished",
-    "departed",
-    "waits",
-    "wait_seconds",
-    "reclaimed",
-    "idle_closed",
-    "exempted",
-)
 
 #: How many waits are told at once: a message has 64 KiB at most.
 _WAITS = 4000
@@ -40,6 +42,10 @@ _STEPS = 5
 
 #: How many waits are kept until they are told.
 _MOST_WAITS = 20_000
+
+
+#: Stands for a connection of a worker.
+_ELSEWHERE = Inert(None)
 
 
 class Reporter(LimiterObserver):
@@ -64,14 +70,14 @@ class Reporter(LimiterObserver):
         """
         What is to be told now, in one message or more.
         """
-        limiter, now = self.limiter, self.limiter.snapshot()
-        facts = {name: getattr(now, name) for name in (*_GAUGES, *_COUNTERS, "longest_wait")}
-        facts["refused"] = dict(now.refused)
         self._look_at_peers()
-        facts["peers"] = [(str(peer), *counts) for peer, *counts in self._busiest]
-        facts["line"] = [(address_text(address), age) for address, age in limiter.first_waiting(SHOWN)]
+        facts: dict[str, Any] = {
+            "figures": self.limiter.snapshot().figures(),
+            "peers": [(str(peer), *counts) for peer, *counts in self._busiest],
+            "line": [(address_text(address), age) for address, age in self.limiter.first_waiting(SHOWN)],
+        }
         while True:
-            facts["waits_told"] = [self._waits.popleft() for _ in range(min(_WAITS, len(self._waits)))]
+            facts["waits"] = [self._waits.popleft() for _ in range(min(_WAITS, len(self._waits)))]
             yield json.dumps(facts)
             if not self._waits:
                 return
@@ -95,121 +101,174 @@ class Reporter(LimiterObserver):
             self.limiter.clock.callLater(0, self._go_on_looking)
 
 
+@implementer(ILimiter)
 class PooledLimiter:
     """
-    What the workers' limiters of one name report, all together; in all else a limiter that nobody uses.
+    What the workers' limiters of one name report, all together.
     """
 
     def __init__(self, own: Limiter) -> None:
         """
-        :param own: the limiter of that name in this process.
+        :param own: the limiter of that name in this process, which has the settings and serves nobody.
         """
         self.own = own
         self._reports: dict[object, dict[str, Any]] = {}
-        self._ended: Counter[str] = Counter()
-        self._refused_ended: Counter[str] = Counter()
-        self._observers: list[Any] = []
-        self._draining = False
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.own, name)
+        self._ended: dict[str, Any] = {}
+        self._observers: list[ILimiterObserver] = []
 
     def take(self, worker: object, report: str) -> None:
         """
         A worker reports.
         """
         facts = self._reports[worker] = json.loads(report)
-        for waited in facts.pop("waits_told"):
+        for waited in facts.pop("waits"):
             for observer in self._observers:
-                observer.served(self.own, None, waited)
+                observer.served(self, _ELSEWHERE, waited)
 
     def forget(self, worker: object) -> None:
         """
         A worker has ended: what it counted stays.
         """
-        facts = self._reports.pop(worker, None)
-        if facts is not None:
+        report = self._reports.pop(worker, None)
+        if report is not None:
+            figures = report["figures"]
             # Its connections ended with it.
-            facts["finished"] += facts["active"]
-            facts["departed"] += facts["waiting"]
-            self._ended.update({name: facts[name] for name in _COUNTERS})
-            self._refused_ended.update(facts["refused"])
+            figures["finished"] += figures["active"]
+            figures["departed"] += figures["waiting"]
+            self._ended = {
+                name: together(figure, [self._ended.get(name), figures[name]])
+                for name, figure in FIGURES.items()
+                if figure.kind == COUNTER
+            }
+
+    @property
+    def name(self) -> str:
+        """
+        See `ILimiter.name`.
+        """
+        return self.own.settings.name
+
+    @property
+    def settings(self) -> Settings:
+        """
+        See `ILimiter.settings`: those that this process has sent to the workers.
+        """
+        return self.own.settings
+
+    @property
+    def limits(self) -> Sequence[ILimit]:
+        """
+        See `ILimiter.limits`: those of this process.
+        """
+        return self.own.limits
+
+    @property
+    def clock(self) -> IReactorTime:
+        """
+        See `ILimiter.clock`.
+        """
+        return self.own.clock
 
     @property
     def active(self) -> int:
         """
-        See `Limiter.active`.
+        See `ILimiter.active`.
         """
-        return sum(facts["active"] for facts in self._reports.values())
+        return sum(report["figures"]["active"] for report in self._reports.values())
 
     @property
     def waiting(self) -> int:
         """
-        See `Limiter.waiting`.
+        See `ILimiter.waiting`.
         """
-        return sum(facts["waiting"] for facts in self._reports.values())
+        return sum(report["figures"]["waiting"] for report in self._reports.values())
 
     def snapshot(self) -> Snapshot:
         """
-        See `Limiter.snapshot`.
+        See `ILimiter.snapshot`.
         """
-        reports = self._reports.values()
-        refused = Counter(self._refused_ended)
-        for facts in reports:
-            refused.update(facts["refused"])
         own = self.own.snapshot()
-        sums = {name: sum(facts[name] for facts in reports) for name in _GAUGES}
-        sums |= {name: self._ended[name] + sum(facts[name] for facts in reports) for name in _COUNTERS}
+        told = [own.figures(), self._ended, *(report["figures"] for report in self._reports.values())]
         return attrs.evolve(
             own,
-            **sums,
-            refused={**own.refused, **refused},
-            longest_wait=max((facts["longest_wait"] for facts in reports), default=0.0),
-            draining=self._draining,
+            **{
+                name: together(figure, [figures.get(name) for figures in told])
+                for name, figure in FIGURES.items()
+                if figure.kind != FLAG
+            },
         )
 
-    def busiest_peers(self, count: int) -> list[tuple[str, int, int]]:
+    def has_room(self) -> bool:
         """
-        See `Limiter.busiest_peers`: of those that are among the busiest of a worker.
+        See `ILimiter.has_room`, as far as the number of all connections tells.
+        """
+        most = self.settings.max_connections
+        return not self.waiting and self.own.has_room() and (most is None or self.active < most)
+
+    def limited_by(self, reason: str = FULL, connection: IConnection | None = None) -> str:
+        """
+        See `ILimiter.limited_by`: in the words of this process.
+        """
+        return self.own.limited_by(reason, connection)
+
+    def busiest_peers(self, count: int) -> list[tuple[Hashable, int, int]]:
+        """
+        See `ILimiter.busiest_peers`: of those that are among the busiest of a worker.
         """
         active: Counter[str] = Counter()
         waiting: Counter[str] = Counter()
-        for facts in self._reports.values():
-            for peer, served, waits in facts["peers"]:
+        for report in self._reports.values():
+            for peer, served, waits in report["peers"]:
                 active[peer] += served
                 waiting[peer] += waits
         peers = nlargest(count, active, key=lambda peer: active[peer] + waiting[peer])
         return [(peer, active[peer], waiting[peer]) for peer in peers]
 
-    def find_busiest_peers(self, count: int) -> Generator[None, None, list[tuple[str, int, int]]]:
+    def find_busiest_peers(self, count: int) -> Generator[None, None, list[tuple[Hashable, int, int]]]:
         """
-        See `Limiter.find_busiest_peers`. There are few, so one step does it.
+        See `ILimiter.find_busiest_peers`. There are few, so one step does it.
         """
         yield
         return self.busiest_peers(count)
 
     def first_waiting(self, count: int) -> list[tuple[str, float]]:
         """
-        See `Limiter.first_waiting`.
+        See `ILimiter.first_waiting`.
         """
-        line = [(address, age) for facts in self._reports.values() for address, age in facts["line"]]
+        line = [(address, age) for report in self._reports.values() for address, age in report["line"]]
         return nlargest(count, line, key=lambda each: each[1])
 
-    def add_observer(self, observer: Any) -> None:
+    def add_observer(self, observer: ILimiterObserver) -> None:
         """
-        Let an observer hear of those who are served; nothing else is told of each.
+        Let an observer hear of those who are served, and of changed settings; nothing else is told of each.
         """
         self._observers.append(observer)
+        self.own.add_observer(observer)
 
-    def remove_observer(self, observer: Any) -> None:
+    def remove_observer(self, observer: ILimiterObserver) -> None:
         """
-        See `Limiter.remove_observer`.
+        See `ILimiter.remove_observer`.
         """
         self._observers.remove(observer)
+        self.own.remove_observer(observer)
 
     def drain(self, timeout: float | None = None) -> Deferred[None]:
         """
-        See `Limiter.drain`: the workers do it.
+        See `ILimiter.drain`: the workers do it, and the limiter of this process says that it is so.
         """
-        self._draining = True
-        return succeed(None)
+        return self.own.drain(timeout)
+
+
+def together(figure: Figure, values: Iterable[Any]) -> Any:
+    """
+    The values of a figure of several limiters as one; those that are None are not known.
+    """
+    known = [value for value in values if value is not None]
+    if figure.label:
+        total: Counter[str] = Counter()
+        for value in known:
+            total.update(value)
+        return dict(total)
+    if figure.kind == MAXIMUM:
+        return max(known, default=None)
+    return sum(known)

@@ -137,7 +137,7 @@ class _SlowPage(Resource):
 
     def _draw(self, request: Request) -> None:
         now = self._limiter.snapshot()
-        most = now.settings.max_connections
+        most = self._limiter.max_connections
         drawn = '<i class="served"></i>' * min(now.active, _DRAWN)
         if most is not None:
             drawn += '<i class="free"></i>' * min(max(0, most - now.active), _DRAWN)
