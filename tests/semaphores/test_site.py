@@ -11,6 +11,7 @@ import socket
 import time
 from collections.abc import Iterator
 from contextlib import closing
+from datetime import timedelta
 from pathlib import Path
 from urllib.parse import quote
 
@@ -474,8 +475,87 @@ class TestThrottleClient:
                 throttle_client.lock(url, "/&").__enter__()
         assert [client.remainder(name) for name in "ABC"] == [5, 5, 1]
 
+    def test_what_can_never_be_is_an_error_and_holds_nothing(self, server: Server) -> None:
+        url = f"http://127.0.0.1:{server.port}"
+        client = throttle_client.Client(url)
+        with pytest.raises(ValueError, match="Unknown semaphore"):
+            throttle_client.lock(url, "Z").__enter__()
+        with pytest.raises(ValueError, match="Lock asks for count 6 yet full count is only 5"):
+            throttle_client.lock(url, "A", count=6).__enter__()
+        with pytest.raises(ValueError, match="Unknown semaphore"):
+            client.restore(5, {"Z": 1}, expires_in=timedelta(seconds=10))
+        with pytest.raises(throttle_client.client.UnknownPeer):
+            client.is_acquired(5)
+        assert client.remainder("A") == 5
+
+    def test_an_error_within_its_context_gives_the_lock_back(self, server: Server) -> None:
+        url = f"http://127.0.0.1:{server.port}"
+        with pytest.raises(KeyError), throttle_client.lock(url, "C"):
+            assert throttle_client.Client(url).remainder("C") == 0
+            raise KeyError
+        assert throttle_client.Client(url).remainder("C") == 1
+
+    def test_a_peer_that_is_forgotten_is_made_anew_with_its_locks(self, server: Server) -> None:
+        url = f"http://127.0.0.1:{server.port}"
+        client = throttle_client.Client(url)
+        with throttle_client.lock(url, "C") as peer:
+            client.release(peer.id)
+            assert client.remainder("C") == 1
+            with throttle_client.lock(url, "B", 2):
+                assert [client.remainder(name) for name in "BC"] == [3, 0]
+        assert [client.remainder(name) for name in "BC"] == [5, 1]
+
+    def test_a_lock_that_waits_is_granted_though_the_server_has_lost_its_memory(self, tmp_path: Path) -> None:
+        port = free_port()
+        url = f"http://127.0.0.1:{port}"
+
+        def wait() -> bool:
+            with throttle_client.lock(url, "C", timeout=timedelta(seconds=60)) as peer:
+                return bool(throttle_client.Client(url).is_acquired(peer.id))
+
+        with ours(tmp_path, port=port) as server:
+            holder = server.new_peer()
+            server.acquire(holder, "C")
+            waiting = in_thread(wait)
+            began = time.monotonic()
+            while 'throttle_pending{semaphore="C"} 1' not in server.ask("GET", "/metrics")[1]:
+                assert time.monotonic() - began < PATIENCE
+                time.sleep(0.02)
+            server.program.process.kill()
+            server.program.process.wait()
+        with ours(tmp_path, port=port) as server:
+            assert waiting()
+            assert server.ask("GET", "/remainder?semaphore=C") == (200, "1")
+
+    def test_a_large_lock_is_not_overtaken_by_small_ones(self, server: Server) -> None:
+        client = throttle_client.Client(f"http://127.0.0.1:{server.port}")
+        in_a_while = timedelta(seconds=60)
+        first, large, small = (client.new_peer(expires_in=in_a_while) for _ in range(3))
+        assert client.acquire(first, "A", count=3)
+        assert not client.acquire(large, "A", count=5)
+        assert not client.acquire(small, "A", count=1)
+        waiting = in_thread(lambda: client.acquire(large, "A", count=5, block_for=in_a_while))
+        client.release(first)
+        assert waiting()
+        assert not client.is_acquired(small)
+        client.release_lock(large, "A")
+        assert client.is_acquired(small)
+        for peer in (large, small):
+            client.release(peer)
+
+    def test_the_locks_of_a_peer_that_expires_go_to_who_waits(self, server: Server) -> None:
+        client = throttle_client.Client(f"http://127.0.0.1:{server.port}")
+        gone = client.new_peer(expires_in=timedelta(seconds=0.5))
+        patient = client.new_peer(expires_in=timedelta(seconds=0.5))
+        assert client.acquire(gone, "C")
+        in_a_while = timedelta(seconds=30)
+        began = time.monotonic()
+        # Waiting prolongs its life, without which it would be gone as well.
+        assert client.acquire(patient, "C", block_for=in_a_while, expires_in=in_a_while)
+        assert 0.3 < time.monotonic() - began < 10
+        client.release(patient)
+
     def test_it_gives_up_in_time(self, server: Server) -> None:
-        from datetime import timedelta
 
         url = f"http://127.0.0.1:{server.port}"
         holder = server.new_peer()
@@ -488,8 +568,6 @@ class TestThrottleClient:
         server.ask("DELETE", f"/peers/{holder}")
 
     def test_a_heartbeat_keeps_the_lock_and_restores_it_after_a_restart(self, tmp_path: Path) -> None:
-        from datetime import timedelta
-
         port = free_port()
         url = f"http://127.0.0.1:{port}"
         with ours(tmp_path, port=port) as server:
