@@ -4,10 +4,26 @@ Limits whose slots live in this process.
 
 from __future__ import annotations
 
+import gc
+import weakref
+from operator import attrgetter
+
+import attrs
+import pytest
+from twisted.internet.address import IPv4Address
 from zope.interface.verify import verifyObject
 
 from connlimit.interfaces import ILimit
-from connlimit.limits import All, Total
+from connlimit.limits import All, PerKey, PerPeer, Total
+
+
+@attrs.define(eq=False)
+class Held:
+    """
+    What holds a slot: its client's address.
+    """
+
+    address: IPv4Address
 
 
 def test_they_are_limits() -> None:
@@ -57,3 +73,19 @@ def test_all_limits_or_none_give_a_slot() -> None:
     assert (wide.in_use, narrow.in_use) == (1, 1)
     both.release(None)
     assert (wide.in_use, narrow.in_use) == (0, 0)
+
+
+@pytest.mark.parametrize("kind", [PerPeer, PerKey])
+def test_of_a_key_that_gave_all_back_nothing_is_kept(kind: type[PerPeer]) -> None:
+    limit = kind(2, attrgetter("host"))
+    gone = []
+    for number in range(100):
+        one = Held(IPv4Address("TCP", f"10.0.0.{number}", 1))
+        assert limit.try_acquire(one)
+        assert limit.in_use() == {one.address.host: 1}
+        limit.release(one)
+        gone.append(weakref.ref(one))
+        del one
+    gc.collect()
+    assert limit.in_use() == {}
+    assert [each for each in gone if each() is not None] == []

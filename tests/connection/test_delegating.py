@@ -4,6 +4,9 @@ One connection's life, in every order of events.
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
+
 from support.fakes import ApplicationError, FakeConnection, RecordingFactory, RecordingProtocol
 from support.limiters import LimiterTestCase
 from twisted.internet.protocol import Factory, Protocol
@@ -33,6 +36,35 @@ class DelegateTests(LimiterTestCase):
         self.close(client)
         self.assertEqual(other.factory.events, ["lost"])
         self.assert_counts(active=0, finished=1)
+
+
+class CostTests(LimiterTestCase):
+    """
+    As long as nobody has to wait, a limiter costs next to nothing.
+    """
+
+    def test_an_event_costs_one_call_more_than_without_a_limiter(self) -> None:
+        self.limited(1)
+        bare = FakeConnection(self.clock).connect(self.server)
+        active, waiting = self.connect(2)
+        cost = calls(bare.protocol.dataReceived, b"x")
+        self.assertEqual(calls(active.protocol.dataReceived, b"x"), cost + 1)
+        self.close(active)
+        self.assertEqual(calls(waiting.protocol.dataReceived, b"x"), cost + 1)
+
+
+def calls(function: Callable[..., object], *arguments: object) -> int:
+    """
+    How many functions of Python are called by a call.
+    """
+    called: list[str] = []
+    before = sys.getprofile()
+    sys.setprofile(lambda frame, event, argument: called.append(event))
+    try:
+        function(*arguments)
+    finally:
+        sys.setprofile(before)
+    return called.count("call")
 
 
 class FailingServerTests(LimiterTestCase):

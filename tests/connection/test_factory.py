@@ -8,6 +8,7 @@ from copy import copy
 
 from support.fakes import ApplicationError, FakeConnection, RecordingFactory
 from support.limiters import LimiterTestCase
+from twisted.internet.address import IPv4Address
 from twisted.internet.interfaces import IConsumer, IProtocolFactory, IProtocolNegotiationFactory
 from twisted.internet.protocol import ClientFactory, Factory, Protocol
 from zope.interface import alsoProvides, implementer
@@ -164,6 +165,13 @@ class BuildingTests(LimiterTestCase):
         # Nobody knows whose they are, so no cap of a peer holds.
         self.assertNotIn(None, connections)
         self.assert_counts(active=2)
+
+    def test_a_refusal_without_words_is_no_protocol_at_all(self) -> None:
+        self.limited(1, max_waiting=0)
+        self.connect()
+        self.assertIsNone(self.factory.buildProtocol(IPv4Address("TCP", "10.0.0.1", 1)))
+        self.assert_counts(active=1, refused={"full": 1})
+        self.assertEqual(self.served(), [0])
 
     def test_none_closes_the_connection_and_takes_no_slot(self) -> None:
         self.limited(1)

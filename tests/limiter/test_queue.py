@@ -5,6 +5,7 @@ The waiting line, with its operations in any order.
 from __future__ import annotations
 
 from collections.abc import Callable
+from time import thread_time
 
 import attrs
 import pytest
@@ -81,6 +82,28 @@ def test_whoever_leaves_from_the_middle_the_others_keep_their_turns(order: str, 
             }
             # The adaptive line is asked at once, when nobody has waited too long.
             assert line.next(float(model[0].number)) == expected[order]
+
+
+def seconds_for(order: str, count: int) -> float:
+    """
+    How long it takes that a thousand of so many leave from the middle and come again, one after the other.
+    """
+    line, waiting = ORDERS[order](), [Waiting(number, number % 100) for number in range(count)]
+    for each in waiting:
+        line.add(each, 0.0)
+    began = thread_time()
+    for each in waiting[count // 2 :][:1000]:
+        assert line.next(0.0) is not None
+        line.remove(each)
+        line.add(each, 0.0)
+    return thread_time() - began
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_coming_and_leaving_take_no_longer_in_a_longer_queue(order: str) -> None:
+    # The best of several, since others use the machine, too. To look at all would take 20 times as long.
+    short, long = (min(seconds_for(order, count) for _ in range(5)) for count in (2000, 40_000))
+    assert long < 4 * short
 
 
 class TestAdaptive:

@@ -71,6 +71,17 @@ def set_back():
     reactor.seconds = lambda: wall() - 3600
 reactor.callWhenRunning(set_back)
 """
+SET_FORWARD = """
+def set_forward():
+    if len(clients) < 3:
+        reactor.callLater(0.01, set_forward)
+        return
+    wall, began = reactor.seconds, time.monotonic()
+    reactor.seconds = lambda: wall() + 3600
+    reactor.addSystemEventTrigger(
+        "after", "shutdown", lambda: seen.insert(0, b"%f" % (time.monotonic() - began)))
+reactor.callWhenRunning(set_forward)
+"""
 
 
 def outcome(
@@ -137,6 +148,25 @@ def test_a_wall_clock_that_is_set_back_delays_nobody(reactor: str) -> None:
     seen = outcome(settings="dict(max_rate=2, max_burst=1)", expected=3, reactor=reactor, then=SET_BACK)
     assert seen == ["hello"] * 3
     assert monotonic() - began < PATIENCE
+
+
+@pytest.mark.parametrize("reactor", ["from twisted.internet import reactor", ANOTHER_REACTOR])
+@pytest.mark.parametrize(
+    ("settings", "seen"),
+    [
+        ("dict(max_connections=1, wait_timeout=1)", ["hello", "lost"]),
+        ("dict(max_rate=2, max_burst=1)", ["hello", "hello"]),
+    ],
+)
+def test_a_wall_clock_that_is_set_forward_refuses_and_serves_nobody_early(
+    reactor: str, settings: str, seen: list[str]
+) -> None:
+    """
+    The reactor's own timers are an hour early then.
+    """
+    seconds, *before = outcome(settings=settings, expected=3, reactor=reactor, then=SET_FORWARD)
+    assert before == seen
+    assert 0.8 < float(seconds) < PATIENCE
 
 
 @ensureDeferred
