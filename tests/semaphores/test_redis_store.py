@@ -283,6 +283,15 @@ def test_the_state_is_written_down_seldom_while_peers_become_more(tmp_path: Path
         assert len(written) <= 4
 
 
+def test_a_redis_that_has_forgotten_the_script_is_sent_it_again(tmp_path: Path, redis: Redis) -> None:
+    with ours(tmp_path, "--store", redis.url) as server:
+        peer = server.new_peer()
+        for _ in range(3):
+            redis.ask(b"SCRIPT", b"FLUSH")
+            assert server.ask("PUT", f"/peers/{peer}", {"expires_in": "5min"}) == (200, "Ok")
+        assert "cannot be used" not in server.program.output
+
+
 def test_a_redis_that_refuses_each_operation_is_told_of_once(tmp_path: Path, redis: Redis) -> None:
     with ours(tmp_path, "--store", redis.url) as server:
         peer = server.new_peer()
