@@ -125,12 +125,15 @@ def test_a_wrong_setting_on_the_command_line(name: str, text: str) -> None:
         ),
         (
             [*FORWARD, "--max-connections=1", "--drain-timeout=-1"],
-            "--drain-timeout must be a time such as 30",
+            "--drain-timeout must be a time of 0 or more, such as 30",
         ),
-        ([*FORWARD, "--max-connections=1", "--drain-timeout="], "--drain-timeout must be a time such as 30"),
+        (
+            [*FORWARD, "--max-connections=1", "--drain-timeout="],
+            "--drain-timeout must be a time of 0 or more, such as 30",
+        ),
         (
             [*FORWARD, "--max-connections=1", "--drain-timeout=inf"],
-            "--drain-timeout must be a time such as 30",
+            "--drain-timeout must be a time of 0 or more, such as 30",
         ),
         ([*FORWARD, "--max-connections=1", "--when-full=stop-acepting"], "did you mean stop-accepting?"),
         ([*FORWARD, "--max-connections=1", "--when-full="], "--when-full must be refuse or stop-accepting"),
@@ -273,7 +276,7 @@ def test_a_wrong_endpoint(endpoint: str, words: str, tmp_path: Path) -> None:
         (["--listn=tcp:1"], "option --listn not recognized; did you mean --listen?"),
         (["throttle.toml"], "throttle.toml is no option; options begin with --"),
         (["--config=absent.toml"], "absent.toml: the file cannot be read"),
-        (["--grace=long"], "--grace must be a time such as 30, 30s or 5min, not 'long'"),
+        (["--grace=long"], "--grace must be a time of 0 or more, such as 30, 500ms, 30s or 5min, not 'long'"),
         (["--store=nonsense"], "--store must name a Redis"),
         (["--listen=tcp:70000"], "a port must be from 0 to 65535"),
         (["--status=tcp:-1"], "a port must be from 0 to 65535"),
@@ -371,7 +374,7 @@ LIMITER = "[limiters.a]\nmax_connections = 1\n"
         (LIMITER + SERVICE + "[status]\nlisten = 'tcp:70000'\n", "[status] listen must be an endpoint"),
         (
             "drain_timeout = 'soon'\n" + LIMITER + SERVICE,
-            "drain_timeout must be a number of seconds, 0 or more",
+            "drain_timeout must be a time of 0 or more, such as 30, 500ms, 30s or 5min, not 'soon'",
         ),
         ("processes = 0\n" + LIMITER + SERVICE, "processes must be a whole number from 1 to"),
     ],

@@ -335,8 +335,14 @@ def test_a_url_can_carry_what_a_limit_takes() -> None:
         ({"ttl": 0}, "ttl must be a number of seconds"),
         ({"when_unreachable": "panic"}, "when_unreachable must be hold, refuse or local=N, not 'panic'"),
         ({"when_unreachable": "local=x"}, "when_unreachable must be"),
-        ({"url": "redis://host?ttl=soon"}, "ttl must be a number of seconds from 0.5 to 3600, not 'soon'"),
-        ({"url": "redis://host?ttl=nan"}, "ttl must be a number of seconds from 0.5 to 3600, not 'nan'"),
+        (
+            {"url": "redis://host?ttl=soon"},
+            "ttl must be a time from 0.5 to 3600 seconds, such as 30, 500ms, 30s or 5min, not 'soon'",
+        ),
+        (
+            {"url": "redis://host?ttl=nan"},
+            "ttl must be a time from 0.5 to 3600 seconds, such as 30, 500ms, 30s or 5min, not 'nan'",
+        ),
         ({"url": "redis://host?when_unreachable=local"}, "when_unreachable must be .*, not 'local'"),
         (
             {"url": "redis://host?tttl=5"},
@@ -489,7 +495,7 @@ def test_an_endpoint_string_and_a_file_can_ask_for_it(tmp_path: Path) -> None:
             "--shared-file must be a file with a URL in its first line, not '/none'",
         ),
         (["--shared-file=/none", "--shared=redis://x"], "--shared-file must be left out when --shared is"),
-        (["--shared=redis://x?ttl=0", "--max-connections=5"], "ttl must be a number of seconds from 0.5"),
+        (["--shared=redis://x?ttl=0", "--max-connections=5"], "ttl must be a time from 0.5 to 3600 seconds"),
     ],
 )
 def test_a_wrong_command_line_gets_one_sentence(arguments: list[str], words: str) -> None:

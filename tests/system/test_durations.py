@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import pytest
 
-from connlimit._system.durations import LONGEST, duration
+from connlimit._system.durations import LONGEST, duration, seconds
 
 
 @pytest.mark.parametrize(
@@ -45,3 +45,26 @@ def test_what_is_no_duration_is_named(value: object) -> None:
 def test_a_duration_is_bounded(text: str) -> None:
     with pytest.raises(ValueError, match="at most 366 days"):
         duration("block_for", text)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("30", 30),
+        (" 30 ", 30),
+        (".5", 0.5),
+        ("-3", -3),
+        ("5min", 300),
+        ("5m", 300),
+        ("2h 30min", 9000),
+        ("500ms", 0.5),
+    ],
+)
+def test_wherever_else_a_number_alone_is_a_number_of_seconds(text: str, value: float) -> None:
+    assert seconds(text) == pytest.approx(value)
+
+
+@pytest.mark.parametrize("text", ["", " ", "s", "30x", "nan", "inf", "1e3", "5 5", "-3s", "1" * 200 + "s"])
+def test_what_is_no_time_is_none(text: str) -> None:
+    with pytest.raises(ValueError, match=r".*|could not"):
+        seconds(text)

@@ -58,7 +58,7 @@ def test_every_kind_of_value_is_read(tmp_path: Path) -> None:
         written(
             tmp_path,
             """
-            drain_timeout = "2min"
+            drain_timeout = "1min 60s"
             processes = 4
             [limiters.a]
             wait_timeout = "500ms"
@@ -76,7 +76,7 @@ def test_every_kind_of_value_is_read(tmp_path: Path) -> None:
             when_full = "stop-accepting"
             [status]
             listen = "tcp:8081"
-            show_peers = true
+            show_peers = "yes"
             hosts = ["status.example"]
             """,
         )
@@ -135,7 +135,10 @@ def test_how_a_relay_treats_its_connections_is_said_beside_forward(tmp_path: Pat
             'forward = "tcp:localhost:1"\nserver_fin_timeout = "soon"',
             "server_fin_timeout must be a time above 0",
         ),
-        ('forward = "tcp:localhost:1"\nsend_proxy = "yes"', "send_proxy must be true or false, not 'yes'"),
+        (
+            'forward = "tcp:localhost:1"\nsend_proxy = "maybe"',
+            "send_proxy must be yes or no, true or false, not 'maybe'",
+        ),
         ('forward = "tls:localhost:1"\nsend_proxy = true', "send_proxy must be left out with forward tls:"),
         ('factory = "a:b"\nconnect_timeout = 5', "connect_timeout needs forward"),
     ],
@@ -168,14 +171,14 @@ def test_everything_that_is_wrong_is_told_at_once(tmp_path: Path) -> None:
         listen = "tcp:1"
         plugin = ["web"]
         [status]
-        show_peers = "yes"
+        show_peers = "maybe"
         """,
     )
     file = f"{tmp_path / 'connlimit.toml'}: "
     assert all(error.startswith(file) and "\n" not in error for error in errors)
     told = "\n".join(error.removeprefix(file) for error in errors)
     for words in (
-        "drain_timeout must be a number of seconds, 0 or more, not 'soon'",
+        "drain_timeout must be a time of 0 or more, such as 30, 500ms, 30s or 5min, not 'soon'",
         "colour is not known; there are limiters, services, status, drain_timeout, log_connections",
         "[limiters.web] max_conections is not known; did you mean max_connections?",
         "[limiters.web] wait_timeout must be a time above 0, such as 30, 500ms, 30s or 5min, or none",
@@ -186,7 +189,7 @@ def test_everything_that_is_wrong_is_told_at_once(tmp_path: Path) -> None:
         "[services.two] listen is missing",
         "[services.three] listen must be left out with plugin",
         "[status] listen must be an endpoint such as 'tcp:8081:interface=127.0.0.1', and is missing",
-        "[status] show_peers must be true or false, not 'yes'",
+        "[status] show_peers must be yes or no, true or false, not 'maybe'",
     ):
         assert words in told
 
@@ -217,7 +220,10 @@ def test_everything_that_is_wrong_is_told_at_once(tmp_path: Path) -> None:
         (SMALL + "[limiters.other]\n", "limiter must be the name of a limiter (web, other), and is missing"),
         ("status = 5\n" + SMALL, "status must be a table, not 5"),
         ("processes = 0\n" + SMALL, "processes must be a whole number from 1 to 1024, not 0"),
-        ("worker_timeout = 0.5\n" + SMALL, "worker_timeout must be a number of seconds, 1 or more, not 0.5"),
+        (
+            "worker_timeout = 0.5\n" + SMALL,
+            "worker_timeout must be a time of 1 second or more, such as 30, 500ms, 30s or 5min, not 0.5",
+        ),
         ("processes = true\n" + SMALL, "processes must be a whole number from 1 to 1024, not true"),
     ],
 )

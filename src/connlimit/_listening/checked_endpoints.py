@@ -19,7 +19,7 @@ from twisted.internet.interfaces import (
 )
 from twisted.plugin import getPlugins
 
-from connlimit._limiter.settings import did_you_mean
+from connlimit._limiter.values import did_you_mean
 from connlimit._listening.proxy_header import server_from_string
 
 # More than any kernel holds: it takes its own maximum (somaxconn) instead.

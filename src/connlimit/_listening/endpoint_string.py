@@ -12,7 +12,8 @@ from weakref import WeakValueDictionary
 from twisted.internet.endpoints import quoteStringArgument, serverFromString
 
 from connlimit._limiter.limiter import Limiter
-from connlimit._limiter.settings import FIELDS, Settings, check_limits, did_you_mean, either, parse, shown
+from connlimit._limiter.settings import FIELDS, Settings, check_limits, parse
+from connlimit._limiter.values import did_you_mean, one_of, shown
 from connlimit._listening.checked_endpoints import check_endpoint, status_endpoint, why
 from connlimit._listening.endpoint import LimitingEndpoint, LimitingReactor, SocketLimitingEndpoint
 from connlimit._listening.ports import check_when_full
@@ -32,7 +33,7 @@ _OURS = (*_SETTINGS, "limiter", "place", "when_full", "shared", "status")
 _SLIP = 0.85
 
 # Where the limiter stands: right before the protocol, inside TLS and the like, or next to the socket.
-_PLACES = ("protocol", "socket")
+_PLACE = one_of("protocol", "socket")
 
 # Strings that name the same limiter share it, as long as one of their endpoints is in use.
 _limiters: WeakValueDictionary[str, Limiter] = WeakValueDictionary()
@@ -56,8 +57,7 @@ def from_arguments(
             if difflib.get_close_matches(key, _OURS, 1, _SLIP):
                 raise ValueError(f"it takes no {key}; {did_you_mean(key, _OURS)}")
         place, when_full = ours.pop("place", "protocol"), ours.pop("when_full", "refuse")
-        if place not in _PLACES:
-            raise ValueError(f"place must be {either(_PLACES)}, not {place!r}")
+        _PLACE.of_text("place", place)
         check_when_full(when_full)
         status = ours.pop("status", None)
         if status is not None:

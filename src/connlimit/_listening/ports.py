@@ -20,13 +20,13 @@ from twisted.logger import Logger
 from zope.interface import implementer
 
 from connlimit._limiter.limiter import Limiter
-from connlimit._limiter.settings import did_you_mean
+from connlimit._limiter.values import one_of
 from connlimit._system import sockets
 from connlimit.interfaces import IConnection, ILimiter, IPort
 from connlimit.observers import LimiterObserver
 
 #: What a port can do when there is no place for one more.
-WHEN_FULL = ("refuse", "stop-accepting")
+WHEN_FULL = one_of("refuse", "stop-accepting")
 
 _LOOK_INTERVAL = 1.0  # seconds
 
@@ -37,13 +37,9 @@ _BATCH = 100
 def check_when_full(value: object, name: str = "when_full") -> None:
     """
     :param name: what the value is called where it was given.
-    :raises ValueError: if the value is not one of `WHEN_FULL`.
+    :raises ValueError: if the value is not one of `WHEN_FULL`; TypeError if it is no text.
     """
-    if value not in WHEN_FULL:
-        hint = did_you_mean(value, WHEN_FULL)
-        raise ValueError(
-            f"{name} must be {' or '.join(WHEN_FULL)}, not {value!r}" + (f"; {hint}" if hint else "")
-        )
+    WHEN_FULL.of_code(name, value)
 
 
 @implementer(IStreamServerEndpoint)

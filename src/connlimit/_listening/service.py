@@ -4,7 +4,6 @@ Listening behind a limiter: as a service that drains when it is stopped, and as 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -15,10 +14,14 @@ from twisted.internet.interfaces import IProtocolFactory, IStreamServerEndpoint
 
 from connlimit._connection.factory import LimitingFactory
 from connlimit._limiter.limiter import Limiter
+from connlimit._limiter.values import duration
 from connlimit._listening.checked_endpoints import server_endpoint
 from connlimit._listening.endpoint import LimitingEndpoint
 from connlimit._listening.places import place_of, place_of_service
 from connlimit._listening.ports import WatchedEndpoint, check_when_full
+
+#: How long active connections may take to end.
+DRAIN_TIMEOUT = duration().or_none("")
 
 
 class LimitedService(StreamServerEndpointService):
@@ -48,12 +51,10 @@ class LimitedService(StreamServerEndpointService):
         :param drain_timeout: seconds that active connections may take when the service is stopped;
             None does not wait for them, and leaves them open, as Twisted does.
         :param when_full: see `LimitingEndpoint`.
-        :raises ValueError: for a wrong *drain_timeout* or *when_full*.
+        :raises TypeError: for a *drain_timeout* or *when_full* of a wrong type.
+        :raises ValueError: for a wrong one.
         """
-        if drain_timeout is not None and not 0 <= drain_timeout < math.inf:
-            raise ValueError(
-                f"drain_timeout must be a number of seconds, 0 or more, or None, not {drain_timeout!r}"
-            )
+        DRAIN_TIMEOUT.of_code("drain_timeout", drain_timeout)
         super().__init__(WatchedEndpoint(endpoint, limiter, when_full), LimitingFactory(factory, limiter))
         self.drain_timeout = drain_timeout
 

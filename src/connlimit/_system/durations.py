@@ -1,7 +1,8 @@
 """
-Durations as the Throttle protocol writes them: ``300000ms``, ``5min``, ``2h 37min``.
+Durations as texts: ``300000ms``, ``5min``, ``2h 37min``.
 
-The units are those of the Rust library humantime, which Throttle reads them with.
+There is one grammar for all. The units are those of the Rust library humantime, with which Throttle reads
+them; there the unit is needed, and everywhere else a number alone stands for seconds.
 """
 
 from __future__ import annotations
@@ -31,7 +32,24 @@ _UNITS = {
 
 _PART = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([a-zA-Zµ]+)\s*", re.ASCII)
 
+_NUMBER = re.compile(r"[-+]?[0-9]*\.?[0-9]*", re.ASCII)
+
 _MOST_CHARACTERS = 100
+
+
+def seconds(text: str) -> float:
+    """
+    The seconds that a text stands for, such as ``30``, ``30s``, ``500ms``, ``5min`` or ``2h 30min``.
+
+    :raises ValueError: if it stands for none.
+    """
+    text = text.strip()
+    if _NUMBER.fullmatch(text):
+        return float(text)
+    value = _seconds(text) if len(text) <= _MOST_CHARACTERS else None
+    if value is None:
+        raise ValueError(text)
+    return value
 
 
 def duration(name: str, text: object) -> float:

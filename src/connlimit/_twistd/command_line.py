@@ -17,7 +17,7 @@ from connlimit._limiter.settings import FIELDS, Settings, check_limits, parse, v
 from connlimit._listening.checked_endpoints import client_endpoint, server_endpoint, status_endpoint
 from connlimit._listening.ports import check_when_full
 from connlimit._listening.service import LimitedService, limit_service, to_limit
-from connlimit._twistd.config_file import MOST_PROCESSES, WORKER_TIMEOUT, read
+from connlimit._twistd.config_file import DRAIN_TIMEOUT, PROCESSES, WORKER_TIMEOUT, WORKER_TIMEOUTS, read
 from connlimit._twistd.options import ProgramOptions
 from connlimit._twistd.processes.parent import Parent
 from connlimit._twistd.processes.role import Alone
@@ -187,7 +187,7 @@ class Options(ProgramOptions):
         texts = {name: self[name.replace("_", "-")] for name in FIELDS}
         given = {name: text for name, text in texts.items() if text is not None}
         try:
-            self["drain"] = self.time("drain-timeout")
+            self["drain"] = self.value("drain-timeout", DRAIN_TIMEOUT)
             check_when_full(self["when-full"], "--when-full")
             self["settings"] = parse(given, _spell)
             settings = Settings().evolve(self["settings"], _spell)
@@ -196,10 +196,8 @@ class Options(ProgramOptions):
                     raise ValueError("--shared-file must be left out when --shared is given")
                 self["shared"] = read_url(self["shared-file"], _spell)
             shared_limits(self["shared"], settings, _spell)  # whether it can be made
-            self["processes"] = self.count("processes", MOST_PROCESSES)
-            self["worker_timeout"] = self.time("worker-timeout")
-            if self["worker_timeout"] < 1:
-                raise ValueError(f"--worker-timeout must be 1 second or more, not {self['worker-timeout']!r}")
+            self["processes"] = self.value("processes", PROCESSES)
+            self["worker_timeout"] = self.value("worker-timeout", WORKER_TIMEOUTS)
         except ValueError as error:
             raise usage.UsageError(str(error)) from None
 

@@ -5,22 +5,39 @@ The configuration file: what it may say, and everything that is wrong with it.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import attrs
 
-from connlimit._limiter.settings import FIELDS, Settings, check_limits, load, seconds, shown
+from connlimit._limiter.settings import FIELDS, Settings, check_limits, load
+from connlimit._limiter.values import FLAG, Kind, duration, one_of, shown, text, texts, whole_number
 from connlimit._listening.ports import WHEN_FULL
 from connlimit._twistd.targets.relay_options import RELAY_FIELDS, RelayOptions, relay_options
 from connlimit._twistd.toml import ConfigError, document
 
 #: How many processes can serve; more are a slip.
-MOST_PROCESSES = 1024
+PROCESSES = whole_number(1, 1024)
+
+#: How long the connections that are served may take to end.
+DRAIN_TIMEOUT = duration()
+
+#: How long a worker may be without an answer.
+WORKER_TIMEOUTS = duration(1)
 
 #: Seconds after which a worker that does not answer is killed, unless something else is said.
 WORKER_TIMEOUT = 60.0
+
+_URL = text("the URL of a Redis, such as 'redis://localhost'")
+_LISTEN = texts("an endpoint such as 'tcp:8080', or several")
+_PLUGIN = texts("a twistd plugin's name and arguments, such as ['web', '--path=.']")
+_FORWARD = text("an endpoint such as 'tcp:localhost:9000'")
+_FACTORY = text("a text such as 'mypackage.server:factory'")
+_TAC = text("the path of a .tac file")
+_SKIP = texts("an endpoint such as 'tcp:8081', or several")
+_STATUS_LISTEN = text("an endpoint such as 'tcp:8081:interface=127.0.0.1'")
+_HOSTS = texts("a host name, or several")
 
 
 @attrs.frozen
@@ -157,9 +174,8 @@ class _Reader:
         limiters = {name: self._limiter(name, table) for name, table in tables.items()}
         if not limiters and not self._errors:
             self._wrong("", "limiters", "at least one table, such as [limiters.web]", None)
-        right = "the URL of a Redis, such as 'redis://localhost'"
         shared = {
-            name: self._value(f"limiters.{name}", table, "shared", right, _text, "")
+            name: self._value(f"limiters.{name}", table, "shared", _URL, "")
             for name, table in tables.items()
             if "shared" in table
         }
@@ -170,12 +186,10 @@ class _Reader:
         if not services and not self._errors:
             self._wrong("", "services", "at least one table, such as [services.web]", None)
         status = self._status(known["status"]) if "status" in known else None
-        drain = self._value("", known, "drain_timeout", "a number of seconds, 0 or more", _drain, 0.0)
-        log = self._value("", known, "log_connections", "true or false", _flag, False)
-        right = f"a whole number from 1 to {MOST_PROCESSES}"
-        processes = self._value("", known, "processes", right, _processes, 1)
-        right = "a number of seconds, 1 or more"
-        timeout = self._value("", known, "worker_timeout", right, _at_least_one, WORKER_TIMEOUT)
+        drain = self._value("", known, "drain_timeout", DRAIN_TIMEOUT, 0.0)
+        log = self._value("", known, "log_connections", FLAG, False)
+        processes = self._value("", known, "processes", PROCESSES, 1)
+        timeout = self._value("", known, "worker_timeout", WORKER_TIMEOUTS, WORKER_TIMEOUT)
         if self._errors:
             raise ConfigError([_one_line(each) for each in self._errors])
         return Config(
@@ -216,34 +230,20 @@ class _Reader:
         before = len(self._errors)
         keys = [each.name for each in attrs.fields(ServiceConfig) if each.name not in ("name", "relay")]
         table = self._known(table, where, [*keys, *RELAY_FIELDS])
-        listen = self._value(where, table, "listen", "an endpoint such as 'tcp:8080', or several", _texts, ())
-        plugin = self._value(
-            where,
-            table,
-            "plugin",
-            "a twistd plugin's name and arguments, such as ['web', '--path=.']",
-            _texts,
-            (),
-        )
-        forward = self._value(
-            where, table, "forward", "an endpoint such as 'tcp:localhost:9000'", _text, None
-        )
+        listen = self._value(where, table, "listen", _LISTEN, ())
+        plugin = self._value(where, table, "plugin", _PLUGIN, ())
+        forward = self._value(where, table, "forward", _FORWARD, None)
         relay = self._relay(where, table, forward)
-        factory = self._value(
-            where, table, "factory", "a text such as 'mypackage.server:factory'", _text, None
-        )
-        when_full = self._value(
-            where, table, "when_full", " or ".join(WHEN_FULL), _one_of(WHEN_FULL), "refuse"
-        )
+        factory = self._value(where, table, "factory", _FACTORY, None)
+        when_full = self._value(where, table, "when_full", WHEN_FULL, "refuse")
         only = next(iter(limiters)) if len(limiters) == 1 else None
         names = ", ".join(limiters) or "none yet"
-        limiter = self._value(
-            where, table, "limiter", f"the name of a limiter ({names})", _one_of(tuple(limiters)), only
-        )
+        one = attrs.evolve(one_of(*limiters), in_text=f"the name of a limiter ({names})")
+        limiter = self._value(where, table, "limiter", one, only)
         if limiter is None and "limiter" not in table:
             self._wrong(where, "limiter", f"the name of a limiter ({names})", None)
-        tac = self._value(where, table, "tac", "the path of a .tac file", _text, None)
-        skip = self._value(where, table, "skip", "an endpoint such as 'tcp:8081', or several", _texts, ())
+        tac = self._value(where, table, "tac", _TAC, None)
+        skip = self._value(where, table, "skip", _SKIP, ())
         given = [key for key in ("forward", "factory", "plugin", "tac") if key in table]
         if len(given) != 1:
             self._errors.append(
@@ -275,12 +275,11 @@ class _Reader:
             self._wrong("", "status", "a table", table)
             return None
         table = self._known(table, "status", [each.name for each in attrs.fields(StatusConfig)])
-        right = "an endpoint such as 'tcp:8081:interface=127.0.0.1'"
-        listen = self._value("status", table, "listen", right, _text, None)
+        listen = self._value("status", table, "listen", _STATUS_LISTEN, None)
         if "listen" not in table:
-            self._wrong("status", "listen", right, None)
-        show = self._value("status", table, "show_peers", "true or false", _flag, False)
-        hosts = self._value("status", table, "hosts", "a host name, or several", _texts, ())
+            self._wrong("status", "listen", _STATUS_LISTEN.in_text, None)
+        show = self._value("status", table, "show_peers", FLAG, False)
+        hosts = self._value("status", table, "hosts", _HOSTS, ())
         return StatusConfig(listen, show, hosts)
 
     def _tables(self, document: Mapping[str, Any], key: str) -> dict[str, Mapping[str, Any]]:
@@ -309,16 +308,15 @@ class _Reader:
         where: str,
         table: Mapping[str, Any],
         key: str,
-        right: str,
-        convert: Callable[[Any], Any],
+        kind: Kind,
         default: Any,
     ) -> Any:
         if key not in table:
             return default
         try:
-            return convert(table[key])
-        except (TypeError, ValueError):
-            self._wrong(where, key, right, table[key])
+            return kind.of_file(key, table[key])
+        except ValueError as error:
+            self._errors.append(f"{self._file}: {_place(where)}{error}")
             return default
 
     def _wrong(self, where: str, key: str, right: str, value: object) -> None:
@@ -332,53 +330,3 @@ def _one_line(text: str) -> str:
 
 def _place(where: str) -> str:
     return f"[{where}] " if where else ""
-
-
-def _drain(value: Any) -> float:
-    if isinstance(value, str):
-        value = seconds(value)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
-        raise ValueError
-    return value
-
-
-def _at_least_one(value: Any) -> float:
-    value = _drain(value)
-    if value < 1:
-        raise ValueError
-    return float(value)
-
-
-def _text(value: Any) -> str:
-    if not isinstance(value, str) or not value:
-        raise ValueError
-    return value
-
-
-def _texts(value: Any) -> tuple[str, ...]:
-    if isinstance(value, str):
-        value = [value]
-    if not isinstance(value, list) or not value:
-        raise ValueError
-    return tuple(_text(each) for each in value)
-
-
-def _flag(value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise ValueError
-    return value
-
-
-def _processes(value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MOST_PROCESSES:
-        raise ValueError
-    return value
-
-
-def _one_of(choices: tuple[str, ...]) -> Callable[[Any], str]:
-    def convert(value: Any) -> str:
-        if not isinstance(value, str) or value not in choices:
-            raise ValueError
-        return value
-
-    return convert

@@ -4,13 +4,13 @@ What the command lines of our programs have in common.
 
 from __future__ import annotations
 
-import math
 import re
 import sys
+from typing import Any
 
 from twisted.python import usage
 
-from connlimit._limiter.settings import did_you_mean, seconds
+from connlimit._limiter.values import Kind, did_you_mean
 from connlimit._system.version import __version__
 from connlimit._twistd.program import CannotStart
 
@@ -90,28 +90,13 @@ class ProgramOptions(usage.Options):
             hint = did_you_mean(option, theirs, lambda name: f"--{name}")
         return f"{sentence}; {hint}" if hint else sentence
 
-    def time(self, name: str) -> float:
+    def value(self, name: str, kind: Kind) -> Any:
         """
-        The seconds that an option says.
+        The value of an option.
 
-        :raises UsageError: if it says none.
+        :raises UsageError: if it is none of that kind.
         """
         try:
-            value = seconds(self[name])
-            if 0 <= value < math.inf:
-                return value
-        except ValueError:
-            pass
-        raise usage.UsageError(f"--{name} must be a time such as 30, 30s or 5min, not {self[name]!r}")
-
-    def count(self, name: str, most: float = math.inf) -> int:
-        """
-        The whole number that an option says, at least 1.
-
-        :raises UsageError: if it says none, or more than *most*.
-        """
-        text = self[name]
-        if text.isascii() and text.isdecimal() and 1 <= int(text) <= most:
-            return int(text)
-        right = ", 1 or more" if most == math.inf else f" from 1 to {most}"
-        raise usage.UsageError(f"--{name} must be a whole number{right}, not {text!r}")
+            return kind.of_text(f"--{name}", self[name])
+        except ValueError as error:
+            raise usage.UsageError(str(error)) from None

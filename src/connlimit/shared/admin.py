@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from twisted.internet.defer import Deferred, ensureDeferred
 from twisted.internet.task import react
 
+from connlimit._limiter.values import COUNT
 from connlimit._system.version import __version__
 from connlimit.shared.by_url import read_url, renamed
 
@@ -54,8 +55,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     order.add_argument("name", metavar="NAME")
     options = parser.parse_args(arguments)
-    if options.order == "set" and not options.slots.isdecimal():
-        parser.error(f"N must be a whole number, 0 or more, not {options.slots!r}")
+    try:
+        slots = COUNT.of_text("N", options.slots) if options.order == "set" else 0
+    except ValueError as error:
+        parser.error(str(error))
     if options.order != "list" and not options.name:
         parser.error("NAME must be that of a limit, not ''")
     try:
@@ -68,10 +71,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error("this needs txredisapi: pip install 'connlimit[redis]'")
     except ValueError as error:
         parser.error(renamed(error, "--url"))
-    react(lambda reactor: ensureDeferred(_carry_out(reactor, options, address)))
+    react(lambda reactor: ensureDeferred(_carry_out(reactor, options, slots, address)))
 
 
-async def _carry_out(reactor: Any, options: argparse.Namespace, address: RedisAddress) -> None:
+async def _carry_out(reactor: Any, options: argparse.Namespace, slots: int, address: RedisAddress) -> None:
     from connlimit._redis.client import describe
     from connlimit.shared.redis_limit import keys_of, set_slots
 
@@ -81,7 +84,7 @@ async def _carry_out(reactor: Any, options: argparse.Namespace, address: RedisAd
             for line in await _lines(reactor, redis):
                 print(line)
         elif options.order == "set":
-            await _soon(reactor, set_slots(redis, options.name, int(options.slots)))
+            await _soon(reactor, set_slots(redis, options.name, slots))
         else:
             await _soon(reactor, redis.delete(keys_of(options.name)))
     except Exception as error:

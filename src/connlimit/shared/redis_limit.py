@@ -36,6 +36,7 @@ from twisted.internet.interfaces import IDelayedCall
 from twisted.logger import Logger
 from zope.interface import implementer
 
+from connlimit._limiter.values import COUNT, NAME, duration
 from connlimit._redis.address import RedisAddress, url_parameters
 from connlimit._redis.client import describe
 from connlimit._redis.link import PREFIX as PREFIX
@@ -71,6 +72,9 @@ LEASE, SLOTS = "lease", "slots"
 
 #: What is published when a limit was changed.
 _CHANGED = "room"
+
+#: After how long the slots of a process that is not heard of are everybody's again.
+_TTL = duration(0.5, 3600)
 
 _ANSWER = re.compile(r"(\d{1,18}) (\d{1,18}) (\d{1,18}) (\d{1,18}) ([01]) (\d{1,18}) (.*)")
 
@@ -110,15 +114,16 @@ class RedisLimit:
             used up or the lease over, until Redis is back. ``hold``: all wait; ``refuse``: who waits or comes
             is refused; ``local=N``: N slots can be used in this process. If not given, what
             ``?when_unreachable=`` of the URL says, or ``hold``.
+        :raises TypeError: for a value of a wrong type.
         :raises ValueError: for a wrong value.
         """
-        if not isinstance(name, str) or not name:  # type: ignore[redundant-expr]
-            raise ValueError(f"name must be a text of at least one character, not {name!r}")
-        if isinstance(slots, bool) or not isinstance(slots, int) or slots < 0:  # type: ignore[redundant-expr]
-            raise ValueError(f"slots must be a whole number, 0 or more, not {slots!r}")
+        NAME.of_code("name", name)
+        COUNT.of_code("slots", slots)
         self.address = RedisAddress.from_url(url)
         parameters = url_parameters(url)
-        self._ttl = _seconds(parameters.get("ttl", 10.0) if ttl is None else ttl)
+        self._ttl: float = (
+            _TTL.of_text("ttl", parameters.get("ttl", "10")) if ttl is None else _TTL.of_code("ttl", ttl)
+        )
         self._refuses, self._local = _unreachable(
             parameters.get("when_unreachable", "hold") if when_unreachable is None else when_unreachable
         )
@@ -551,16 +556,6 @@ def _counts(answer: Any) -> tuple[int, int, str, int, int, bool, int]:
         raise ValueError(f"this is no Redis, it answers {answer!r:.100}")
     held, others, guarded, pause, queued, too_many, run = found.groups()
     return int(held), int(others), run, int(guarded), int(pause), queued == "1", int(too_many)
-
-
-def _seconds(ttl: object) -> float:
-    try:
-        seconds = float(ttl)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
-        seconds = -1.0
-    if not 0.5 <= seconds <= 3600:
-        raise ValueError(f"ttl must be a number of seconds from 0.5 to 3600, not {ttl!r}")
-    return seconds
 
 
 def _unreachable(text: object) -> tuple[bool, int]:

@@ -47,8 +47,11 @@ def test_it_warns_of_a_file_without_semaphores(tmp_path: Path) -> None:
     ("arguments", "sentence"),
     [
         (["--listen", "nonsense:1"], "--listen must be an endpoint such as"),
-        (["--grace", "long"], "--grace must be a time such as 30, 30s or 5min, not 'long'"),
-        (["--drain-timeout", "-1"], "--drain-timeout must be a time such as"),
+        (
+            ["--grace", "long"],
+            "--grace must be a time of 0 or more, such as 30, 500ms, 30s or 5min, not 'long'",
+        ),
+        (["--drain-timeout", "-1"], "--drain-timeout must be a time of 0 or more, such as"),
         (["--max-peers", "0"], "--max-peers must be a whole number, 1 or more, not '0'"),
         (["--status", "nonsense"], "--status must be an endpoint"),
         (["--max-per-peer", "x"], "--max-per-peer must be a whole number, 1 or more, not 'x'"),

@@ -9,6 +9,7 @@ from typing import Any
 
 from twisted.python import usage
 
+from connlimit._limiter.values import COUNT_ABOVE_ZERO, duration
 from connlimit._listening.checked_endpoints import server_endpoint, status_endpoint
 from connlimit._system import descriptors
 from connlimit._system.clock import clock_of
@@ -89,9 +90,9 @@ class Options(ProgramOptions):
         if self["status-host"] and not self["status"]:
             raise usage.UsageError("--status-host needs --status, such as --status tcp:8081")
         for name in ("grace", "drain-timeout"):
-            self[f"{name}-seconds"] = self.time(name)
+            self[f"{name}-seconds"] = self.value(name, duration())
         for name in ("max-peers", "max-per-peer"):
-            self[f"{name}-count"] = None if self[name] is None else self.count(name)
+            self[f"{name}-count"] = None if self[name] is None else self.value(name, COUNT_ABOVE_ZERO)
         if self["store"] and self["grace-seconds"]:
             raise usage.UsageError("--grace must be left out with --store, which forgets nobody")
         is_named = self["config"] is not None
