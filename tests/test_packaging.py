@@ -208,7 +208,8 @@ def test_the_wheel_holds_the_package_and_the_plugin_and_nothing_else(built: Path
         "connlimit/_redis/lease.lua",
         "connlimit/py.typed",
         "connlimit/semaphores/server/log.lua",
-        "connlimit/status/status.css",
-        "connlimit/status/status.js",
+        *(f"connlimit/status/static/{name}.xml" for name in ("bar", "chart", "page", "section", "table")),
+        "connlimit/status/static/status.css",
+        "connlimit/status/static/status.js",
         "twisted/plugins/connlimit_plugin.py",
     }

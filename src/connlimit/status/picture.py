@@ -5,11 +5,12 @@ What there is to see at an instant, in every form in which it is shown.
 from __future__ import annotations
 
 import json
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Generator, Sequence
 from functools import partial
 from typing import Any
 
 from twisted.internet.defer import Deferred
+from twisted.web.template import Flattenable, flattenString
 
 from connlimit.status import page
 from connlimit.status.once import Once
@@ -93,20 +94,28 @@ class Picture:
         others.update(self._process)
         return f'{{"limiters": [{", ".join(limiters)}], {json.dumps(others)[1:]}'.encode()
 
+    async def _page(self, with_peers: bool) -> bytes:
+        return page.DOCTYPE + await flattenString(
+            None, page.page(self._parts(await self.facts(with_peers), with_peers))
+        )
+
     async def _sections(self, with_peers: bool) -> bytes:
-        sections: list[str] = []
-        if self._semaphores is not None:
-            sections += map(page.semaphore, self._semaphores(with_peers))
-        for number, facts in enumerate(await self.facts(with_peers)):
-            if number:
-                await self._turn()
-            sections.append(page.limiter(facts))
-        return "\n".join([*sections, page.process(self._process)]).encode()
+        return await flattenString(None, self._parts(await self.facts(with_peers), with_peers))
 
     async def _event(self, with_peers: bool) -> bytes:
         sections = await self.form("sections", with_peers)
         return b"data: %s\n\n" % json.dumps(sections.decode()).encode()
 
-    async def _page(self, with_peers: bool) -> bytes:
-        sections = await self.form("sections", with_peers)
-        return page.page(sections.decode()).encode()
+    def _parts(self, limiters: list[dict[str, Any]], with_peers: bool) -> Generator[Flattenable, None, None]:
+        """
+        The sections of the page, each of a limiter in a turn of its own.
+        """
+        semaphores = [] if self._semaphores is None else self._semaphores(with_peers)
+        yield [page.semaphore(facts) for facts in semaphores]
+        for number, facts in enumerate(limiters):
+            yield self._later(facts) if number else page.limiter(facts)
+        yield page.process(self._process)
+
+    async def _later(self, facts: dict[str, Any]) -> Flattenable:
+        await self._turn()
+        return page.limiter(facts)
