@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import ExitStack, asynccontextmanager, suppress
 from pathlib import Path
 from time import monotonic
 
@@ -471,6 +471,47 @@ def test_an_endpoint_string_and_a_file_can_ask_for_it(tmp_path: Path) -> None:
         '[services.s]\nlisten = "tcp:0"\nforward = "tcp:localhost:1"\n'
     )
     assert read(path).shared == {"y": "redis://localhost/2?ttl=3"}
+
+
+def test_a_file_that_is_read_again_changes_what_is_shared(redis: Redis, tmp_path: Path) -> None:
+    (tmp_path / "echoes.py").write_text(ECHO)
+    path = tmp_path / "connlimit.toml"
+
+    def write(slots: int) -> None:
+        path.write_text(
+            f'[limiters.reloaded]\nmax_connections = {slots}\nshared = "{redis.url}?ttl={TTL}"\n'
+            '[services.s]\nlisten = "tcp:0:interface=127.0.0.1"\nfactory = "echoes:factory"\n'
+        )
+
+    write(1)
+    with running("connlimit", f"--config={path}", cwd=tmp_path) as program, ExitStack() as stack:
+        port = program.port()
+
+        def connect() -> socket.socket:
+            client = socket.create_connection(("127.0.0.1", port), PATIENCE)
+            client.sendall(b"hello")
+            return stack.enter_context(client)
+
+        one, other = connect(), connect()
+        assert one.recv(10) == b"hello"
+        other.settimeout(0.3)
+        with pytest.raises(TimeoutError):
+            other.recv(10)
+        write(2)
+        program.process.send_signal(signal.SIGHUP)
+        other.settimeout(PATIENCE)
+        assert other.recv(10) == b"hello"
+        write(1)
+        program.process.send_signal(signal.SIGHUP)
+        program.wait_for("was read again(.|\n)*was read again")
+        one.close()
+        third = connect()
+        third.settimeout(0.5)
+        with pytest.raises(TimeoutError):
+            third.recv(10)
+        other.close()
+        third.settimeout(PATIENCE)
+        assert third.recv(10) == b"hello"
 
 
 @pytest.mark.parametrize(

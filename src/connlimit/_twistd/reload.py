@@ -30,7 +30,7 @@ from connlimit._twistd.services import Parts, PluginUnit, ServiceUnit, Unit, sta
 from connlimit._twistd.targets.by_name import import_factory, load_application, made_plugin, plugin_options
 from connlimit._twistd.targets.relay import RelayFactory
 from connlimit._twistd.toml import ConfigError, source
-from connlimit.shared.by_url import close, shared_limits
+from connlimit.shared.by_url import close, follow, shared_limits
 from connlimit.status import status_service
 
 #: Seconds between two attempts to open what could not be opened.
@@ -469,6 +469,8 @@ class ConfiguredProgram(Program):
         for name, limiter in limiters.items():
             if limiter in known:
                 limiter.reconfigure(**{**defaults, **new.limiters[name]})
+                if self._shared[limiter] is not None:
+                    follow(limiter.limits, limiter.settings)
                 self.limiters[name] = limiter
             else:
                 self.add_limiter(limiter)

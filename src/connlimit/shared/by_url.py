@@ -5,7 +5,7 @@ The shared limit that a text asks for: on the command line, in a file, or in an 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,15 @@ def shared_limits(url: str | None, settings: Settings, spell: Callable[[str], st
         return (RedisLimit(settings.name, settings.max_connections, url=url),)
     except ValueError as error:
         raise ValueError(renamed(error, shared)) from None
+
+
+def follow(limits: Iterable[ILimit], settings: Settings) -> None:
+    """
+    Have the limits that share ``max_connections`` share as many as the settings say now.
+    """
+    for limit in limits:
+        if hasattr(limit, "slots") and settings.max_connections is not None:
+            limit.slots = settings.max_connections
 
 
 def read_url(file: str, spell: Callable[[str], str] = str) -> str:

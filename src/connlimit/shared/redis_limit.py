@@ -118,7 +118,10 @@ class RedisLimit:
         :raises ValueError: for a wrong value.
         """
         NAME.of_code("name", name)
+        if not is_text(name):
+            raise ValueError(f"name must be a text that can be written in UTF-8, not {name!r}")
         COUNT.of_code("slots", slots)
+        self._slots = slots
         self.address = RedisAddress.from_url(url)
         parameters = url_parameters(url)
         self._ttl: float = (
@@ -133,7 +136,6 @@ class RedisLimit:
         self.in_use = 0
         self.held = 0
         self.outlived = 0
-        self._slots = slots
         self._clock = clock_of(reactor)
         self._link = Link.to(self.address, reactor)
         self._failures = BoundedLog(self._log)
@@ -182,6 +184,22 @@ class RedisLimit:
 
     def __repr__(self) -> str:
         return f"<RedisLimit {self.name}: {self.in_use} of {self.held} leased slots used>"
+
+    @property
+    def slots(self) -> int:
+        """
+        How many slots there are for what this process takes, unless `set_slots` has said otherwise.
+
+        It can be changed; ``TypeError`` or ``ValueError`` for a wrong value.
+        """
+        return self._slots
+
+    @slots.setter
+    def slots(self, slots: int) -> None:
+        COUNT.of_code("slots", slots)
+        changed, self._slots = self._slots != slots, slots
+        if changed and (self._short or self.held):
+            self._ask_soon(0)
 
     # ILimit
 
@@ -391,7 +409,9 @@ class RedisLimit:
         :param asked_for: what Redis wants that to be if slots are lacked here.
         :param guarded: seconds until it gives new slots again.
         """
-        heartbeat = self._ttl / 3 * random.uniform(0.9, 1)
+        # The answer is to be there before the lease ends.
+        most = max(0.0, self._ends - since_boot() - 1.5 * self._link.round_trip)
+        heartbeat = min(self._ttl / 3 * random.uniform(0.9, 1), most)
         if guarded:
             return min(heartbeat, guarded + 0.005)
         if self._short:
@@ -568,6 +588,17 @@ def _unreachable(text: object) -> tuple[bool, int]:
     if key == "local" and count.isdecimal():
         return False, int(count)
     raise ValueError(f"when_unreachable must be hold, refuse or local=N, not {text!r}")
+
+
+def is_text(name: str) -> bool:
+    """
+    Whether a name can be that of a key.
+    """
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def keys_of(name: str) -> list[str]:
