@@ -83,15 +83,12 @@ for member, record in pairs(members) do
 end
 mine = members[me]
 
-local others, asking, earlier, alone = 0, 0, 0, true
+local others, asking, alone = 0, 0, true
 for member, record in pairs(members) do
   if member ~= me then
     alone = false
     others = others + record.held
-    if record.turn > 0 then
-      asking = asking + 1
-      if not mine or mine.turn == 0 or record.turn < mine.turn then earlier = earlier + 1 end
-    end
+    if record.turn > 0 then asking = asking + 1 end
   end
 end
 
@@ -131,8 +128,21 @@ end
 about.guard = math.max(about.guard, now + doubt)
 local is_guarded = now < about.guard
 
+-- How many slots there are: each member may have been told another number, if none was set for all.
+local set = tonumber(redis.call('GET', KEYS[2]) or '')
+local slots = set or question.slots
+
+local function may_have_more(record, taken)
+  return record.turn > 0 and (set or record.slots) > taken
+end
+
 -- One slot is left for each who has asked earlier.
-local slots = tonumber(redis.call('GET', KEYS[2]) or question.slots) or question.slots
+local earlier = 0
+for member, record in pairs(members) do
+  if member ~= me and may_have_more(record, others + question.kept) then
+    if not mine or mine.turn == 0 or record.turn < mine.turn then earlier = earlier + 1 end
+  end
+end
 local free = is_guarded and 0 or math.max(0, slots - others - earlier)
 local held = math.max(question.kept, math.min(question.wanted, free))
 local asks = held < question.wanted and held <= question.in_use
@@ -163,29 +173,30 @@ if turn > 0 and hears then
 end
 mine = {
   held = held, in_use = question.in_use, asked = now, ends = now + kept, number = question.number,
-  turn = turn, hears = hears,
+  turn = turn, hears = hears, slots = question.slots,
 }
 members[me] = mine
 save(me, mine)
 
 -- Whose turn it is asks for the slots that are left.
-local left = slots - others - held
-if left > 0 and not is_guarded and (asking > 0 or turn > 0) then
-  local queue = {}
+local taken = others + held
+local queue = {}
+if not is_guarded then
   for member, record in pairs(members) do
-    if record.turn > 0 then queue[#queue + 1] = member end
+    if may_have_more(record, taken) then queue[#queue + 1] = member end
   end
   table.sort(queue, function(one, other) return members[one].turn < members[other].turn end)
   for _, member in ipairs(queue) do
-    if left == 0 then break end
     local record = members[member]
-    if member ~= me and not (record.called and now < record.called + patience) then
-      -- Who is not there any more, or has not asked in time, loses its turn.
-      local is_gone = record.called or redis.pcall('PUBLISH', turns_of(member), member) == 0 and record.hears
-      if is_gone then record.turn = 0 else record.called = now end
-      save(member, record)
+    if may_have_more(record, taken) then
+      if member ~= me and not (record.called and now < record.called + patience) then
+        -- Who is not there any more, or has not asked in time, loses its turn.
+        local is_gone = record.called or redis.pcall('PUBLISH', turns_of(member), member) == 0 and record.hears
+        if is_gone then record.turn = 0 else record.called = now end
+        save(member, record)
+      end
+      if record.turn > 0 then taken = taken + 1 end
     end
-    if record.turn > 0 then left = left - 1 end
   end
 end
 -- Somebody watches as long as somebody lacks slots: the last, who does so longest.
