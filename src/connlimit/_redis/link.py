@@ -53,6 +53,9 @@ _FIRST_PAUSE, _LONGEST_PAUSE = 0.05, 1.0
 #: Seconds in which an answer must come, at most.
 _LONGEST_PATIENCE = 10.0
 
+#: Seconds in which the first answer on a connection must come, at most, if it is not known to take longer.
+_LONGEST_GREETING = 2.0
+
 #: Seconds between two looks at whether the connection that hears still does.
 _BEAT = 1.0
 
@@ -217,7 +220,8 @@ class Link:
         self._clock = clock_of(reactor)
         self._askers: dict[str, Any] = {}
         self._waiting: deque[Any] = deque()
-        self._asked: deque[tuple[Any, float, bytes]] = deque()
+        # Who, when, what, and whether the script was sent with it.
+        self._asked: deque[tuple[Any, float, bytes, bool]] = deque()
         self._questions: Any = None
         self._connecting: Deferred[None] | None = None
         self._has_answered = False
@@ -307,6 +311,13 @@ class Link:
         return TURNS + self.process
 
     @property
+    def round_trip(self) -> float:
+        """
+        Seconds in which a question is answered, of late.
+        """
+        return self._round_trip
+
+    @property
     def askers(self) -> int:
         """
         How many use it.
@@ -354,7 +365,7 @@ class Link:
         for word in words:
             lines += [b"$%d" % len(word), word]
         connection.transport.write(b"\r\n".join([*lines, b""]))
-        self._asked.append((asker, since_boot(), question))
+        self._asked.append((asker, since_boot(), question, script is _SCRIPT))
         connection.replyQueue.get().addCallback(self._answered, connection)
         if self._watching is None:
             self._watching = self._clock.callLater(_SLOW, self._watch, since_boot() + _SLOW)
@@ -364,10 +375,10 @@ class Link:
             return
         if isinstance(answer, Exception) and not isinstance(answer, txredisapi.ResponseError):
             return  # the end of the connection follows
-        asker, since, question = self._asked.popleft()
+        asker, since, question, was_told = self._asked.popleft()
         self._is_slow = False
         text = str(answer) if isinstance(answer, Exception) else ""
-        if text.startswith("NOSCRIPT"):
+        if text.startswith("NOSCRIPT") and not was_told:
             self._ask(asker, b"EVAL", _SCRIPT, question)
             return
         if text.startswith(_USELESS):
@@ -388,7 +399,7 @@ class Link:
         if not self._asked:
             return
         now = since_boot()
-        asker, since, _ = self._asked[0]
+        asker, since, _, _ = self._asked[0]
         late = now - due > _SLOW  # this process was stopped, or busy: the answer may be there and unread
         patience = self._patience(asker.patience)
         if not late and now >= since + patience:
@@ -396,7 +407,7 @@ class Link:
             return
         if not late and not self._is_slow and now >= since + min(patience, _SLOW + 2 * self._round_trip):
             self._is_slow = True
-            for each in {asker: None for asker, _, _ in self._asked}:
+            for each in {asker: None for asker, _, _, _ in self._asked}:
                 self._tell(each, "slow")
         pause = max(0.05, min(_SLOW, since + patience - now))
         self._watching = self._clock.callLater(pause, self._watch, now + pause)
@@ -422,12 +433,15 @@ class Link:
         began = since_boot()
         connection: Any = await self._endpoint.connect(factory)
         self._round_trip = max(self._round_trip, since_boot() - began)
-        address = self.address
+        address, began = self.address, since_boot()
         greeting = Deferred.fromCoroutine(
             greet(connection, address.username, address.password, address.database)
         )
         patience = self._patience(min((asker.patience for asker in self._askers.values()), default=1.0))
+        # What is connected to may be a proxy near by, before a Redis that is far away.
+        patience = max(patience, min(_LONGEST_GREETING, patience * 2 ** min(self._failures, 10)))
         await greeting.addTimeout(patience, self._clock, _too_late)
+        self._round_trip = max(self._round_trip, since_boot() - began)
         return connection
 
     def _connected(self, connection: Any) -> None:
@@ -479,7 +493,7 @@ class Link:
         """
         End the connections, at once.
         """
-        lost = [*(asker for asker, _, _ in self._asked), *self._waiting]
+        lost = [*(asker for asker, _, _, _ in self._asked), *self._waiting]
         self._asked.clear()
         self._waiting.clear()
         for asker in lost:
@@ -581,6 +595,8 @@ class Link:
     def _is_subscribed(self, channel: str) -> None:
         self._ear_failures = 0
         self._is_deaf = False
+        if channel != self.turns and channel not in self._hearers:
+            return  # whoever wanted to hear it has left
         self._subscribed.add(channel)
         # Something may have been said while nobody listened.
         self._hear_of(self._hearers.get(channel, ()), "")

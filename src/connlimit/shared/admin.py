@@ -63,7 +63,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error("NAME must be that of a limit, not ''")
     try:
         from connlimit._redis.address import RedisAddress
+        from connlimit.shared.redis_limit import is_text
 
+        if options.order != "list" and not is_text(options.name):
+            parser.error(f"NAME must be a text that can be written in UTF-8, not {options.name!r}")
         if options.url_file is not None:
             options.url = read_url(options.url_file, lambda _: "--url-file")
         address = RedisAddress.from_url(options.url)
@@ -126,15 +129,22 @@ async def _lines(reactor: Any, redis: Any) -> list[str]:
         }
         about = members.pop("about", {})
         total = sum(member["held"] for member in members.values())
-        line = f"{name}: {total} of {'its own setting' if slots is None else slots} held"
+        line = f"{_shown(name)}: {total} of {'its own setting' if slots is None else slots} held"
         if about.get("outlived"):
             line += f", connections that have outlived their lease: {about['outlived']}"
         lines.append(line)
         for member in sorted(members):
             record = members[member]
             wants = ", asks for more" if record["turn"] else ""
-            lines.append(f"  {member}: {record['held']}, {record['in_use']} in use{wants}")
+            lines.append(f"  {_shown(member)}: {record['held']}, {record['in_use']} in use{wants}")
     return lines
+
+
+def _shown(name: str) -> str:
+    """
+    A name as it can be shown in a terminal, on one line.
+    """
+    return name if name.isprintable() else repr(name)
 
 
 if __name__ == "__main__":
