@@ -373,6 +373,12 @@ class Switch(threading.Thread):
             if client.getpeername()[1] == port:
                 self._swallowed.add(client)
 
+    def swallow_all(self) -> None:
+        """
+        Let nothing more reach anybody.
+        """
+        self._swallowed.update(self._pairs)
+
     def to(self, redis: Redis) -> None:
         """
         Lead to another one from now on, and end all connections.
@@ -416,7 +422,16 @@ def restart_late_in_a_second(redis: Redis) -> None:
     redis.start(settle=False)
 
 
-@pytest.mark.parametrize("fault", [flush, reset, evict, restart_late_in_a_second])
+def restart_with_its_data(redis: Redis) -> None:
+    assert redis.ask(b"CONFIG SET appendonly yes") == b"+OK"
+    while redis.info(b"aof_rewrite_in_progress", b"persistence") != b"0":
+        time.sleep(0.02)
+    redis.stop()
+    redis.start(False, "--appendonly", "yes")
+    assert redis.ask(b"EXISTS connlimit:{workers}:lease") == b":1"
+
+
+@pytest.mark.parametrize("fault", [flush, reset, evict, restart_late_in_a_second, restart_with_its_data])
 def test_nobody_is_served_above_the_limit_when_redis_forgets(
     fault: Callable[[Redis], None], tmp_path: Path
 ) -> None:
@@ -451,6 +466,50 @@ def test_nobody_is_served_above_the_limit_when_another_redis_takes_over_and_the_
         switch.stop()
         one.stop()
         other.stop()
+
+
+@ensureDeferred
+async def test_a_primary_that_was_cut_off_serves_nobody_once_another_does_if_it_needs_a_replica(
+    tmp_path: Path,
+) -> None:
+    for each in ("one", "other"):
+        (tmp_path / each).mkdir()
+    cut_off, promoted = Redis(tmp_path / "one"), Redis(tmp_path / "other")
+    way = Switch(cut_off)
+    try:
+        cut_off.start(True, "--min-replicas-to-write", "1", "--min-replicas-max-lag", "1")
+        promoted.start(False, "--replicaof", "127.0.0.1", way.url.rpartition(":")[2])
+        while cut_off.info(b"min_slaves_good_slaves", b"replication") != b"1":
+            await deferLater(reactor, 0.05)
+        one = redis_limit.RedisLimit("cut", 5, url=cut_off.url, ttl=TTL)
+        other = redis_limit.RedisLimit("cut", 5, url=promoted.url, ttl=TTL)
+        one.subscribe(lambda: one.in_use or (one.try_acquire(None) and one.try_acquire(None)))
+        with Log() as log:
+            assert not one.try_acquire(None)
+            await until(lambda: one.in_use == 2)
+            began = since_boot()
+            way.swallow_all()
+            await until(lambda: one._is_away)
+            assert since_boot() - began < 4
+            # By now the sentinels may find that the primary is down.
+            assert promoted.ask(b"REPLICAOF NO ONE") == b"+OK"
+            served = []
+            other.subscribe(
+                lambda: other.try_acquire(None) and served.append((since_boot(), one._ends, one._room()))
+            )
+            assert not other.try_acquire(None)
+            await until(lambda: served)
+        ((now, ends, room),) = served
+        assert now >= ends
+        assert not room
+        assert "NOREPLICAS" in log.texts()[0]
+        other.release(None)
+        await patiently(one.close())
+        await patiently(other.close())
+    finally:
+        way.stop()
+        cut_off.stop()
+        promoted.stop()
 
 
 def test_who_has_slots_goes_on_while_redis_is_restarted(tmp_path: Path) -> None:
