@@ -4,18 +4,16 @@ What a shared limit does when Redis, its clock, the network or a process fails: 
 
 from __future__ import annotations
 
-import hashlib
 import os
 import random
-import re
 import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
@@ -30,8 +28,11 @@ from support.redis_limits import (
     Answering,
     Asker,
     Backend,
+    Switch,
     administer,
     failures,
+    processes_of_their_own,
+    questions,
     redis_limit,
     script,
 )
@@ -41,7 +42,6 @@ from twisted.internet.defer import fail, gatherResults
 from twisted.internet.task import deferLater
 from twisted.internet.threads import deferToThread
 
-from connlimit._redis import link
 from connlimit._system.since_boot import since_boot
 
 #: When the examples begin, by clocks that the tests set.
@@ -325,80 +325,6 @@ class Storm:
         return max(later - earlier for earlier, later in zip([since, *times], times, strict=False))
 
 
-class Switch(threading.Thread):
-    """
-    A name for the primary: a port that leads to one Redis, and from a moment on to another.
-    """
-
-    def __init__(self, redis: Redis) -> None:
-        super().__init__(daemon=True)
-        self._redis = redis
-        self._pairs: list[tuple[socket.socket, socket.socket, list[threading.Thread]]] = []
-        self._listening = socket.create_server(("127.0.0.1", 0))
-        self.url = f"redis://127.0.0.1:{self._listening.getsockname()[1]}"
-        self.redis_url = redis.url
-        self.delay = 0.0
-        self._swallowed: set[socket.socket] = set()
-        self.start()
-
-    def run(self) -> None:
-        with suppress(OSError):
-            while True:
-                client, _ = self._listening.accept()
-                server = socket.socket(socket.AF_UNIX)
-                with suppress(OSError):
-                    server.connect(str(self._redis.socket))
-                ways = ((client, server), (server, client))
-                threads = [threading.Thread(target=self._copy, args=way, daemon=True) for way in ways]
-                for thread in threads:
-                    thread.start()
-                self._pairs.append((client, server, threads))
-
-    def _copy(self, one: socket.socket, other: socket.socket) -> None:
-        with suppress(OSError):
-            while data := one.recv(65536):
-                if self.delay:
-                    time.sleep(self.delay)
-                if other not in self._swallowed:
-                    other.sendall(data)
-        for each in (one, other):
-            with suppress(OSError):
-                each.shutdown(socket.SHUT_RDWR)
-
-    def swallow(self, port: int) -> None:
-        """
-        Let nothing more reach the client at this port.
-        """
-        for client, _, _ in self._pairs:
-            if client.getpeername()[1] == port:
-                self._swallowed.add(client)
-
-    def swallow_all(self) -> None:
-        """
-        Let nothing more reach anybody.
-        """
-        self._swallowed.update(self._pairs)
-
-    def to(self, redis: Redis) -> None:
-        """
-        Lead to another one from now on, and end all connections.
-        """
-        self._redis = redis
-        pairs, self._pairs = self._pairs, []
-        for client, server, threads in pairs:
-            for each in (client, server):
-                with suppress(OSError):
-                    each.shutdown(socket.SHUT_RDWR)
-            for thread in threads:
-                thread.join(PATIENCE)
-            client.close()
-            server.close()
-
-    def stop(self) -> None:
-        self._listening.close()
-        self.to(self._redis)
-
-
 def flush(redis: Redis) -> None:
     assert redis.ask(b"FLUSHALL") == b"+OK"
 
@@ -542,26 +468,6 @@ def test_who_has_slots_goes_on_while_redis_hangs(tmp_path: Path) -> None:
         redis.stop()
 
 
-@pytest.fixture
-def settled_redis(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> Redis:
-    """
-    A Redis that says that it has been up for long.
-    """
-    monkeypatch.setattr(link, "_SCRIPT", script())
-    monkeypatch.setattr(link, "_SHA", hashlib.sha1(script()).hexdigest().encode())
-    return redis
-
-
-@pytest.fixture
-def proxied(redis: Redis) -> Iterator[Switch]:
-    """
-    A way to the Redis that can be made slow, or deaf.
-    """
-    switch = Switch(redis)
-    yield switch
-    switch.stop()
-
-
 @ensureDeferred
 async def test_there_is_a_lease_though_redis_is_far_away(proxied: Switch) -> None:
     proxied.delay = 0.125  # each way
@@ -648,25 +554,6 @@ async def test_a_subscriber_that_raises_ends_nothing(redis: Redis) -> None:
     assert sum("a subscriber of limit raising failed" in text for text in log.texts()) == 1
     limit.release(None)
     await patiently(limit.close())
-
-
-def questions(redis: Redis) -> int:
-    """
-    How many questions Redis has been asked.
-    """
-    counts = redis.info_all("commandstats")
-    return sum(int(each) for each in re.findall(r"cmdstat_eval(?:sha)?:calls=(\d+)", counts))
-
-
-@contextmanager
-def processes_of_their_own() -> Iterator[None]:
-    """
-    Limits that are made here use connections of their own, as if each was in another process.
-    """
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(link, "_links", {})
-        patch.setattr(link.Link, "to", classmethod(lambda cls, *where: cls(*where)))
-        yield
 
 
 @pytest.mark.parametrize("rate", [2, 9, 1000])

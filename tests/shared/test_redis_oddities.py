@@ -15,26 +15,23 @@ from pathlib import Path
 
 import pytest
 from pytest_twisted import ensureDeferred
-from shared.test_redis_faults import Switch, processes_of_their_own, proxied, questions, settled_redis
-from shared.test_redis_limit import (
-    TTL,
+from support.logs import Log
+from support.redis import TTL, Redis, command
+from support.redis_limits import (
     Answering,
-    Redis,
+    Switch,
     administer,
-    command,
     failures,
-    redis,
+    processes_of_their_own,
+    questions,
     redis_limit,
 )
-from support import Log
 from support.sockets import patiently, until
 from twisted.internet import reactor
 from twisted.internet.task import deferLater
 from twisted.internet.threads import deferToThread
 
 from connlimit._system.since_boot import since_boot
-
-__all__ = ["proxied", "redis", "settled_redis"]
 
 
 def using(limit: object) -> object:

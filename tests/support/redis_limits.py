@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import socket
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from support.patience import PATIENCE
 from support.redis import TTL, Redis, Service, command
 from support.sockets import patiently
 
+link = pytest.importorskip("connlimit._redis.link")
 redis_limit = pytest.importorskip("connlimit.shared.redis_limit")
 
 LEASE = (Path(redis_limit.__file__).parents[1] / "_redis" / "lease.lua").read_bytes()
@@ -291,3 +293,96 @@ class Asker:
             client.settimeout(PATIENCE)
             client.connect(str(self._redis.socket))
             yield client
+
+
+class Switch(threading.Thread):
+    """
+    A name for the primary: a port that leads to one Redis, and from a moment on to another.
+    """
+
+    def __init__(self, redis: Redis) -> None:
+        super().__init__(daemon=True)
+        self._redis = redis
+        self._pairs: list[tuple[socket.socket, socket.socket, list[threading.Thread]]] = []
+        self._listening = socket.create_server(("127.0.0.1", 0))
+        self.url = f"redis://127.0.0.1:{self._listening.getsockname()[1]}"
+        self.redis_url = redis.url
+        self.delay = 0.0
+        self._swallowed: set[socket.socket] = set()
+        self.start()
+
+    def run(self) -> None:
+        with suppress(OSError):
+            while True:
+                client, _ = self._listening.accept()
+                server = socket.socket(socket.AF_UNIX)
+                with suppress(OSError):
+                    server.connect(str(self._redis.socket))
+                ways = ((client, server), (server, client))
+                threads = [threading.Thread(target=self._copy, args=way, daemon=True) for way in ways]
+                for thread in threads:
+                    thread.start()
+                self._pairs.append((client, server, threads))
+
+    def _copy(self, one: socket.socket, other: socket.socket) -> None:
+        with suppress(OSError):
+            while data := one.recv(65536):
+                if self.delay:
+                    time.sleep(self.delay)
+                if other not in self._swallowed:
+                    other.sendall(data)
+        for each in (one, other):
+            with suppress(OSError):
+                each.shutdown(socket.SHUT_RDWR)
+
+    def swallow(self, port: int) -> None:
+        """
+        Let nothing more reach the client at this port.
+        """
+        for client, _, _ in self._pairs:
+            if client.getpeername()[1] == port:
+                self._swallowed.add(client)
+
+    def swallow_all(self) -> None:
+        """
+        Let nothing more reach anybody.
+        """
+        self._swallowed.update(self._pairs)
+
+    def to(self, redis: Redis) -> None:
+        """
+        Lead to another one from now on, and end all connections.
+        """
+        self._redis = redis
+        pairs, self._pairs = self._pairs, []
+        for client, server, threads in pairs:
+            for each in (client, server):
+                with suppress(OSError):
+                    each.shutdown(socket.SHUT_RDWR)
+            for thread in threads:
+                thread.join(PATIENCE)
+            client.close()
+            server.close()
+
+    def stop(self) -> None:
+        self._listening.close()
+        self.to(self._redis)
+
+
+def questions(redis: Redis) -> int:
+    """
+    How many questions Redis has been asked.
+    """
+    counts = redis.info_all("commandstats")
+    return sum(int(each) for each in re.findall(r"cmdstat_eval(?:sha)?:calls=(\d+)", counts))
+
+
+@contextmanager
+def processes_of_their_own() -> Iterator[None]:
+    """
+    Limits that are made here use connections of their own, as if each was in another process.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(link, "_links", {})
+        patch.setattr(link.Link, "to", classmethod(lambda cls, *where: cls(*where)))
+        yield
