@@ -347,7 +347,8 @@ class Switch(threading.Thread):
         """
         Let nothing more reach anybody.
         """
-        self._swallowed.update(self._pairs)
+        for client, server, _ in self._pairs:
+            self._swallowed |= {client, server}
 
     def to(self, redis: Redis) -> None:
         """
