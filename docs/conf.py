@@ -7,6 +7,7 @@ from importlib.metadata import version as installed_version
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent / "_extensions"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))  # for what its tests know of themselves
 
 project = "connlimit"
 author = "the connlimit authors"

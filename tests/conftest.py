@@ -9,9 +9,40 @@ from pathlib import Path
 
 import pytest
 from support.applications import Running
+from support.guarantees import promises
 from support.programs import require_program, running
 from support.redis import Redis
 from support.tls import make_certificate
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """
+    Let the tests be chosen by what they hold.
+    """
+    parser.addoption(
+        "--guarantee",
+        action="append",
+        default=[],
+        metavar="R7",
+        help="run the tests that hold this promise of docs/guarantees.rst; can be given several times",
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """
+    Run the tests that were asked for.
+    """
+    wanted = config.getoption("guarantee")
+    if not wanted:
+        return
+    held = promises()
+    for each in wanted:
+        if each not in held:
+            raise pytest.UsageError(f"--guarantee must be one of {', '.join(held)}, not {each}")
+    names = {name for each in wanted for name in held[each]}
+    chosen = [item for item in items if names & {item.name.partition("[")[0], *item.listnames()}]
+    config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
+    items[:] = chosen
 
 
 @pytest.fixture

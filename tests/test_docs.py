@@ -49,7 +49,9 @@ ELSEWHERE = {
     "pip install '.[bench]'": "takes minutes; continuous integration runs the quick form",
     "$ python3 -m venv .venv && .venv/bin/pip install -e": "it makes a developer's environment",
     "$ python -m pytest -n 2": "this is it",
+    "$ python -m pytest --guarantee": "test_guarantees",
     "$ ruff check": "continuous integration",
+    "$ pipx run nox": "it makes environments, from the network",
     "$ python -m bench": "continuous integration runs the quick form",
     "$ towncrier": "needs the tools of a release",
 }

@@ -13,6 +13,7 @@ import attrs
 from docutils import nodes
 from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
+from support.guarantees import place
 from twisted.python import usage
 
 import connlimit
@@ -197,6 +198,21 @@ class ConformanceDirective(SphinxDirective):
         return self.parse_text_to_nodes("\n".join(f"- {row}" for row in rows))
 
 
+class HeldByDirective(SphinxDirective):
+    """
+    The tests that hold a promise, as pytest calls them.
+    """
+
+    has_content = True
+
+    def run(self) -> list[nodes.Node]:
+        try:
+            tests = [place(name) for name in self.content if name]
+        except LookupError as error:
+            raise self.error(str(error)) from None
+        return self.parse_text_to_nodes("\n".join(f"- ``{test}``" for test in tests))
+
+
 class MetricsDirective(SphinxDirective):
     """
     The metrics, as a collector gives them.
@@ -229,5 +245,6 @@ def setup(app: Sphinx) -> dict[str, bool]:
     app.add_directive("house", HouseDirective)
     app.add_directive("kinds-table", KindsDirective)
     app.add_directive("conformance-table", ConformanceDirective)
+    app.add_directive("held-by", HeldByDirective)
     app.add_directive("metrics-table", MetricsDirective)
     return {"parallel_read_safe": True}
