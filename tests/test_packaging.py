@@ -206,6 +206,7 @@ def test_the_wheel_holds_the_package_and_the_plugin_and_nothing_else(built: Path
     }
     assert names == package | {
         "connlimit/_redis/lease.lua",
+        "connlimit/_twistd/targets/demonstration.xml",
         "connlimit/py.typed",
         "connlimit/semaphores/server/log.lua",
         *(f"connlimit/status/static/{name}.xml" for name in ("bar", "chart", "page", "section", "table")),

@@ -103,6 +103,15 @@ class PageTests(SynchronousTestCase):
         self.assertEqual(self.limiter.active, 0)
         self.assertEqual([call for call in self.clock.getDelayedCalls() if call.getTime() < 1], [])
 
+    def test_what_is_shown_is_no_markup(self) -> None:
+        self.patch(demonstration, "status_url", lambda status: 'http://x/"><script>')
+        self.factory = LimitingFactory(demonstration.site(self.limiter, self.clock, "tcp:8081"), self.limiter)
+        client = self.ask()
+        self.assertIn(b'href="http://x/&quot;&gt;&lt;script&gt;"', client.received)
+
+    def test_without_a_status_page_there_is_no_link(self) -> None:
+        self.assertNotIn(b"The status page", self.ask().received)
+
     def test_hints_tell_where_to_look(self) -> None:
         first, watch, second = demonstration.hints([demonstration.LISTEN], demonstration.STATUS)
         self.assertIn("http://127.0.0.1:8081/", watch)

@@ -5,15 +5,20 @@ What ``twistd connlimit`` limits when it is given nothing to limit: a web page t
 from __future__ import annotations
 
 import re
+from collections.abc import Generator
+from importlib.resources import files
 from itertools import count
 from secrets import token_hex
 from typing import Any
 
-from twisted.internet import task
-from twisted.internet.interfaces import IReactorTime
+from twisted.internet.defer import Deferred, ensureDeferred
+from twisted.internet.interfaces import IDelayedCall, IReactorTime
+from twisted.logger import Logger
 from twisted.web.http import HTTPChannel
+from twisted.web.iweb import IRequest
 from twisted.web.resource import Resource
 from twisted.web.server import NOT_DONE_YET, Request, Site
+from twisted.web.template import Element, Flattenable, Tag, XMLString, flatten, renderer, tags
 
 from connlimit._limiter.limiter import Limiter
 
@@ -31,46 +36,7 @@ _PATIENCE = 1.0
 #: How many of those who wait are drawn.
 _DRAWN = 60
 
-_HEAD = """\
-<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>connlimit</title>
-<link rel="icon" href="data:,">
-<style>
-  :root {{ color-scheme: light dark; --served: #0b61a4; --waits: #9a5b00 }}
-  @media (prefers-color-scheme: dark) {{ :root {{ --served: #6cb6f5; --waits: #f0b45b }} }}
-  body {{ font: 1.1em/1.5 system-ui, sans-serif; max-width: 36em; margin: 3em auto; padding: 0 1em }}
-  .now, h1 {{ display: none }} .now:last-of-type, h1:last-of-type {{ display: block }}
-  i {{ display: inline-block; width: 1em; height: 1em; margin: .1em; border-radius: 50% }}
-  i {{ border: .15em solid }}
-  .served {{ color: var(--served); background: var(--served) }} .waits {{ color: var(--waits) }}
-  .free {{ opacity: .4 }}
-</style>
-</head>
-<body>
-<h1>It is your turn</h1>
-<p>This page takes {seconds:g} seconds to make, for {most} at once. Open it in several tabs at once: those
-over the limit wait, and not one is lost.{link}</p>
-"""
-
-_LINK = ' <a href="{url}">The status page</a> shows it as it happens.'
-
-_PICTURE = """\
-<section class="now">
-<p role="img" aria-label="{active} served, {waiting} waiting">{drawn}</p>
-<p>{active} of {most} slots were in use, {waiting} connections waited in line, and {finished} had been served
-before.</p>
-</section>
-"""
-
-_END = """\
-<h1>It was your turn</h1>
-</body>
-</html>
-"""
+_TEMPLATE = XMLString((files(__package__) / "demonstration.xml").read_text())
 
 
 class _Channel(HTTPChannel):
@@ -96,14 +62,84 @@ class DemonstrationSite(Site):
         """
 
 
-class _SlowPage(Resource):
-    isLeaf = True
+class _Page(Element):
+    """
+    The page: the queue as it was again and again while the page was made.
+    """
+
+    loader = _TEMPLATE
 
     def __init__(self, limiter: Limiter, clock: IReactorTime, status: str | None) -> None:
         super().__init__()
         self._limiter = limiter
         self._clock = clock
-        self._link = "" if status is None else _LINK.format(url=status)
+        self._status = status
+        self._waiting: IDelayedCall | None = None
+
+    def stop(self) -> None:
+        """
+        Make no more of it.
+        """
+        if self._waiting is not None and self._waiting.active():
+            self._waiting.cancel()
+
+    @renderer
+    def page(self, request: IRequest | None, tag: Tag) -> Tag:
+        """
+        All of it.
+        """
+        most = self._limiter.max_connections
+        return tag.fillSlots(seconds=f"{SECONDS:g}", most="any number" if most is None else str(most))
+
+    @renderer
+    def link(self, request: IRequest | None, tag: Tag) -> Tag | str:
+        """
+        Where the status page is, if there is one.
+        """
+        return "" if self._status is None else tag.fillSlots(status=self._status)
+
+    @renderer
+    def pictures(self, request: IRequest | None, tag: Tag) -> Generator[Flattenable, None, None]:
+        """
+        The queue at once and after each step, until the page has taken its time.
+        """
+        for _ in range(round(SECONDS / _STEP)):
+            yield self._picture(tag.clone())
+            yield self._step()
+        yield self._picture(tag.clone())
+
+    def _step(self) -> Deferred[str]:
+        deferred: Deferred[str] = Deferred()
+        self._waiting = self._clock.callLater(_STEP, deferred.callback, "")
+        return deferred
+
+    def _picture(self, tag: Tag) -> Tag:
+        now, most = self._limiter.snapshot(), self._limiter.max_connections
+        free = 0 if most is None else max(0, most - now.active)
+        return tag.fillSlots(
+            active=str(now.active),
+            waiting=str(now.waiting),
+            finished=str(now.finished),
+            most="any number of" if most is None else str(most),
+            drawn=[
+                [tags.i(class_="served")] * min(now.active, _DRAWN),
+                [tags.i(class_="free")] * min(free, _DRAWN),
+                " ",
+                [tags.i(class_="waits")] * min(now.waiting, _DRAWN),
+                " …" if now.waiting > _DRAWN else "",
+            ],
+        )
+
+
+class _SlowPage(Resource):
+    isLeaf = True
+    _log = Logger()
+
+    def __init__(self, limiter: Limiter, clock: IReactorTime, status: str | None) -> None:
+        super().__init__()
+        self._limiter = limiter
+        self._clock = clock
+        self._status = status
         self._number = count(1)
 
     def render_GET(self, request: Request) -> Any:
@@ -119,44 +155,15 @@ class _SlowPage(Resource):
             request.setResponseCode(303)
             return self._end(request)
         request.setHeader(b"content-type", b"text/html; charset=utf-8")
-        most = self._limiter.max_connections
-        head = _HEAD.format(seconds=SECONDS, most="any number" if most is None else most, link=self._link)
-        request.write(head.encode())
-        drawing = task.LoopingCall(self._draw, request)
-        drawing.clock = self._clock
-        making = self._clock.callLater(SECONDS, self._finish, request, drawing)
-
-        def leave(failure: object) -> None:
-            making.cancel()
-            if drawing.running:
-                drawing.stop()
-
-        request.notifyFinish().addErrback(leave)
-        drawing.start(_STEP)
+        page = _Page(self._limiter, self._clock, self._status)
+        request.notifyFinish().addErrback(lambda _: page.stop())
+        making = ensureDeferred(self._make(request, page))
+        making.addErrback(lambda failure: self._log.failure("the page was not made", failure))
         return NOT_DONE_YET
 
-    def _draw(self, request: Request) -> None:
-        now = self._limiter.snapshot()
-        most = self._limiter.max_connections
-        drawn = '<i class="served"></i>' * min(now.active, _DRAWN)
-        if most is not None:
-            drawn += '<i class="free"></i>' * min(max(0, most - now.active), _DRAWN)
-        drawn += " " + '<i class="waits"></i>' * min(now.waiting, _DRAWN)
-        request.write(
-            _PICTURE.format(
-                active=now.active,
-                most="any number of" if most is None else most,
-                waiting=now.waiting,
-                finished=now.finished,
-                drawn=drawn + (" …" if now.waiting > _DRAWN else ""),
-            ).encode()
-        )
-
-    def _finish(self, request: Request, drawing: task.LoopingCall) -> None:
-        if drawing.running:
-            drawing.stop()
-        self._draw(request)
-        request.write(_END.encode())
+    async def _make(self, request: Request, page: _Page) -> None:
+        request.write(b"<!DOCTYPE html>\n")
+        await flatten(request, page, request.write)
         self._end(request)
 
     def _end(self, request: Request) -> int:
