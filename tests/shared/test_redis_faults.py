@@ -664,6 +664,7 @@ async def test_thousands_of_limits_are_back_soon_after_a_restart(
             assert not limit.try_acquire(None)
         await until(lambda: all(limit.in_use for limit in limits))
         # Two connections, and that which asks.
+        await until(lambda: int(redis.info(b"connected_clients", b"clients")) >= 3)
         assert int(redis.info(b"connected_clients", b"clients")) == 3
         redis.stop()
         await until(lambda: any(limit._is_away for limit in limits))
@@ -676,6 +677,7 @@ async def test_thousands_of_limits_are_back_soon_after_a_restart(
             await patiently(gatherResults([limit.close() for limit in limits]))
         assert not log.texts()
     finally:
+        await patiently(gatherResults([limit.close() for limit in limits]))
         redis.stop()
 
 
