@@ -39,7 +39,9 @@ from connlimit import Limiter, __version__
 from connlimit._limiter.inert import Inert
 from connlimit._listening.checked_endpoints import status_endpoint
 from connlimit.status import in_code, once, page, serve, top
-from connlimit.status.service import MOST_WATCHERS, StatusService
+from connlimit.status.followers import MOST_FOLLOWERS
+from connlimit.status.service import StatusService
+from connlimit.status.site import Root
 from connlimit.status.watch import Watch
 
 
@@ -284,12 +286,12 @@ def test_idle_clients_do_not_shut_health_out(server: Server) -> None:
 def test_only_so_many_follow_the_page_and_others_are_answered(server: Server) -> None:
     with ExitStack() as stack:
         statuses = []
-        for _ in range(MOST_WATCHERS + 4):
+        for _ in range(MOST_FOLLOWERS + 4):
             client = stack.enter_context(socket.create_connection(("127.0.0.1", server.status), PATIENCE))
             client.sendall(b"GET /events HTTP/1.1\r\nHost: localhost\r\n\r\n")
             statuses.append(client.recv(65536).split()[1])
         # A watcher of another test may not be known to have left yet.
-        assert MOST_WATCHERS - 2 <= statuses.count(b"200") <= MOST_WATCHERS
+        assert MOST_FOLLOWERS - 2 <= statuses.count(b"200") <= MOST_FOLLOWERS
         assert set(statuses) == {b"200", b"503"}
         assert server.ask("/health")[0] == server.ask("/status.json")[0] == 200
 
@@ -629,6 +631,14 @@ class Asks:
         self.getClientAddress = lambda: address
 
 
+def root(show_peers: bool, *hosts: str) -> Root:
+    """
+    What answers for a service that shows nothing.
+    """
+    service = StatusService(None, Limited(), show_peers, frozenset(hosts))
+    return Root(service, service._followers, show_peers, frozenset(hosts))
+
+
 def limiters(service: StatusService, with_peers: bool) -> list[dict[str, object]]:
     """
     The facts of the limiters, as a service shows them now.
@@ -648,18 +658,17 @@ def succeeded(deferred: Deferred[bytes]) -> bytes:
 def test_addresses_of_peers_are_for_loopback_unless_the_setting_says_otherwise() -> None:
     near, far = IPv4Address("TCP", "127.0.0.1", 1), IPv6Address("TCP", "2001:db8::1", 1)
     for show, expected in ((False, [True, False]), (True, [True, True])):
-        service = StatusService(None, Limited(), show, frozenset())
-        assert [service.may_see_peers(Asks(address)) for address in (near, far)] == expected
-    assert StatusService(None, Limited(), False, frozenset()).may_see_peers(Asks(UNIXAddress(b"/x")))
+        assert [root(show).may_see_peers(Asks(address)) for address in (near, far)] == expected
+    assert root(False).may_see_peers(Asks(UNIXAddress(b"/x")))
     facts = limiters(StatusService(None, Limited(Limiter(0)), False, frozenset()), False)[0]
     assert not {"peers", "line"} & facts.keys()
 
 
 def test_a_name_that_is_configured_is_ours() -> None:
-    service = StatusService(None, Limited(), False, frozenset({"status.example"}))
-    assert service.is_ours(b"status.example:80")
-    assert not service.is_ours(b"other.example")
-    assert not service.is_ours(None)
+    site = root(False, "status.Example")
+    assert site.is_ours(b"Status.example:80")
+    assert not site.is_ours(b"other.example")
+    assert not site.is_ours(None)
 
 
 def test_limiters_that_come_and_go_are_followed() -> None:

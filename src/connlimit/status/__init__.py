@@ -4,30 +4,15 @@ What can be seen of limiters while they run: a page, the same as JSON, their met
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Protocol
+from collections.abc import Iterable
 
 from twisted.application.service import IService
 from twisted.internet.interfaces import IStreamServerEndpoint
 
-from connlimit.interfaces import ILimiter
 from connlimit.status.in_code import serve
-from connlimit.status.service import StatusService
+from connlimit.status.service import Limited, StatusService
 
 __all__ = ["serve", "status_service"]
-
-
-class Limited(Protocol):
-    """
-    Whatever has limiters. What it has as ``semaphores`` is called to show these too, as
-    `connlimit.semaphores` has it.
-    """
-
-    @property
-    def limiters(self) -> Mapping[str, ILimiter]:
-        """
-        The limiters by name.
-        """
 
 
 def status_service(
