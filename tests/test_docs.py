@@ -42,10 +42,10 @@ ELSEWHERE = {
     "$ .venv/bin/python\n": "test_readme does the same with that example",
     ">>> a.close()": "test_readme does the same with that example",
     '"""\nAn echo server': "test_readme",
-    "# An echo server behind": "test_tap",
-    "$ .venv/bin/twistd -ny": "test_tap",
+    "# An echo server behind": "test_command_line",
+    "$ .venv/bin/twistd -ny": "test_command_line",
     "$ .venv/bin/python -m http.server": "it is Python's own server",
-    "$ twist --log-format=json": "test_log",
+    "$ twist --log-format=json": "test_observers",
     "pip install '.[bench]'": "takes minutes; continuous integration runs the quick form",
     "$ python3 -m venv .venv && .venv/bin/pip install -e": "it makes a developer's environment",
     "$ python -m pytest -n 2": "this is it",
@@ -115,8 +115,10 @@ TWISTD = [
 
 
 def test_every_block_is_executed_here_or_elsewhere() -> None:
-    for words in ELSEWHERE:
+    for words, where in ELSEWHERE.items():
         assert any(f"{block.text}\n".startswith(words) for block in BLOCKS), f"no block begins with {words!r}"
+        for name in re.findall(r"\btest_\w+", where):
+            assert list(ROOT.glob(f"tests/**/{name}.py")), f"there is no {name}"
     here = {"python": ("howto.rst", "semaphores.rst"), "text": ("howto.rst",)}
     for block in BLOCKS:
         if not block.elsewhere() and block.language not in ("console", "sh"):
