@@ -190,17 +190,18 @@ TCP4ServerEndpoint.__init__.__defaults__ = (50, "127.0.0.1")
 #: What an order of one's own is meant to do.
 EPILOGUE = """
 from twisted.internet.address import IPv4Address
-from connlimit._limiter.inert import Inert
-from connlimit._limiter.queue import Guarded, Line
-line = Line(Guarded(OfficeFirst(None, None)), lambda key: True)
-waiting = [Inert(IPv4Address("TCP", host, 1)) for host in ("192.0.2.1", "10.0.0.1", "192.0.2.2", "10.0.0.2")]
+from connlimit._limiter.slots import NullConnection
+from connlimit._limiter.queue import Guarded, Queue
+queue = Queue(Guarded(OfficeFirst(None, None)), lambda key: True)
+hosts = "192.0.2.1", "10.0.0.1", "192.0.2.2", "10.0.0.2"
+waiting = [NullConnection(IPv4Address("TCP", host, 1)) for host in hosts]
 for now, each in enumerate(waiting):
-    line.add(each, now)
-assert list(line) == waiting and line.oldest() == (waiting[0], 0)
+    queue.add(each, now)
+assert list(queue) == waiting and queue.oldest() == (waiting[0], 0)
 turns = []
-while line:
-    turns.append(line.next(5))
-    line.remove(turns[-1])
+while queue:
+    turns.append(queue.next(5))
+    queue.remove(turns[-1])
 assert [waiting.index(each) for each in turns] == [1, 3, 0, 2], turns
 """
 
@@ -208,7 +209,7 @@ assert [waiting.index(each) for each in turns] == [1, 3, 0, 2], turns
 VERDICT = """
 reactor.callWhenRunning(reactor.callLater, 0.1, reactor.stop)
 reactor.run()
-del each, line, waiting
+del each, queue, waiting
 gc.collect()
 for event in failures:
     print(event)

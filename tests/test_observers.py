@@ -133,13 +133,13 @@ class LogTests(LimiterTestCase):
 
     def test_a_connection_that_need_not_wait_is_not_observed(self) -> None:
         self.limited(2, log=True)
-        self.assertEqual(self.limiter._served_observers, ())
-        self.assertEqual(self.limiter._finished_observers, ())
+        self.assertEqual(self.limiter.admission.audience.of_served, ())
+        self.assertEqual(self.limiter.admission.audience.of_finished, ())
         clients = self.connect(3)
-        self.assertEqual(len(self.limiter._finished_observers), 1)
+        self.assertEqual(len(self.limiter.admission.audience.of_finished), 1)
         self.close(*clients)
-        self.assertEqual(self.limiter._served_observers, ())
-        self.assertEqual(self.limiter._finished_observers, ())
+        self.assertEqual(self.limiter.admission.audience.of_served, ())
+        self.assertEqual(self.limiter.admission.audience.of_finished, ())
 
     def test_without_a_limit_it_says_nothing(self) -> None:
         self.limited(None, log=True)
@@ -209,7 +209,7 @@ class LogTests(LimiterTestCase):
     def test_descriptors_that_run_short_are_told(self) -> None:
         self.limited(1, log=True)
         with Log() as log:
-            self.limiter._tell("refused", None, "descriptors")
+            self.limiter.admission.audience.tell("refused", None, "descriptors")
         self.assertIn("full: descriptors run short", log.texts()[0])
 
     def test_each_limiter_has_a_log_unless_it_is_told_otherwise(self) -> None:

@@ -19,14 +19,14 @@ from twisted.internet.task import Clock
 from bench.harness.processes import Process, in_turn, raise_descriptor_limit
 from bench.harness.results import Figure, Result, Table, at_most, ratio
 from connlimit import Limiter
-from connlimit._limiter.inert import Inert
 from connlimit._limiter.queue import ORDERS
+from connlimit._limiter.slots import NullConnection
 
 #: What can happen to a connection.
 EVENTS = ("is accepted", "leaves", "is served", "is refused")
 
 
-class Waiting(Inert):
+class Waiting(NullConnection):
     """
     A connection with an address of its own.
     """
@@ -55,12 +55,12 @@ class Crowd:
             self.arrive(connection)
 
     def arrive(self, connection: Waiting) -> None:
-        if not self.limiter.serve_at_once(connection):
-            self.limiter.wait(connection)
+        if not self.limiter.admission.serve_at_once(connection):
+            self.limiter.admission.wait(connection)
 
     def turn(self) -> None:
-        (active,) = self.limiter._actives()
-        self.limiter.finish(active)
+        (active,) = self.limiter.admission.slots.connections()
+        self.limiter.admission.finish(active)
 
 
 def cost(act: Callable[[Any], None], on: list[Any]) -> float:
@@ -86,10 +86,10 @@ def measure(count: int, acts: int, **settings: Any) -> dict[str, float]:
     new = [Waiting() for _ in range(acts)]
     result = {"is accepted": cost(crowd.arrive, new)}
     leaving = choices.sample(crowd.waiting[1:], acts)
-    result["leaves"] = cost(crowd.limiter.depart, leaving)
+    result["leaves"] = cost(crowd.limiter.admission.depart, leaving)
     result["is served"] = cost(lambda _: crowd.turn(), list(range(acts)))
     crowd.limiter.max_waiting = 0
-    result["is refused"] = cost(crowd.limiter.may_wait, [Waiting() for _ in range(acts)])
+    result["is refused"] = cost(crowd.limiter.admission.may_wait, [Waiting() for _ in range(acts)])
     return result
 
 

@@ -16,7 +16,7 @@ from typing import Any
 from bench.harness.processes import Missing, program
 from bench.harness.results import Figure, Note, Result, Table, at_least, ratio
 from connlimit import Limiter
-from connlimit._limiter.inert import Inert
+from connlimit._limiter.slots import NullConnection
 from connlimit.limits import Total
 
 #: The limits that are compared: local ones, and one that processes share.
@@ -141,16 +141,16 @@ def work(url: str, slots: int) -> None:
         def turn(self) -> None:
             limiter = self.limiter
             for _ in range(4):
-                crowd = [Inert(None) for _ in range(_CROWD)]
+                crowd = [NullConnection(None) for _ in range(_CROWD)]
                 for each in crowd:
-                    if not limiter.serve_at_once(each):
-                        limiter.wait(each)
+                    if not limiter.admission.serve_at_once(each):
+                        limiter.admission.wait(each)
                 for each in crowd:
                     if each.slot is None:
-                        limiter.depart(each)
+                        limiter.admission.depart(each)
                     else:
                         self.served += 1
-                        limiter.finish(each)
+                        limiter.admission.finish(each)
             now = time.perf_counter()
             if now < self.ends:
                 reactor.callLater(0, self.turn)

@@ -175,7 +175,7 @@ FIGURES: Mapping[str, Figure] = figures_of(Snapshot)
 
 class IConnection(Interface):
     """
-    One accepted connection: what limits, lines and observers may look at, and what its limiter tells it.
+    One accepted connection: what limits, queues and observers may look at, and what its limiter tells it.
     """
 
     address: Any = Attribute(
@@ -306,7 +306,7 @@ class IKeyedLimit(ILimit):
     """
     A limit that can have room for one connection and none for another, by a key that each has.
 
-    A connection whose key has no room lets others pass it in the line. So does one of which the limit fails
+    A connection whose key has no room lets others pass it in the queue. So does one of which the limit fails
     to tell the key.
     """
 
@@ -333,7 +333,7 @@ class IRefusingLimit(ILimit):
         """
 
 
-class IWaitingLine(Interface):
+class IQueue(Interface):
     """
     The order in which waiting connections are served. Every operation takes constant or logarithmic time.
 
@@ -343,7 +343,7 @@ class IWaitingLine(Interface):
 
     def add(connection: IConnection, now: float) -> None:
         """
-        Put the connection in the line.
+        Put the connection in the queue.
 
         :param now: the time in seconds.
         """
@@ -362,7 +362,7 @@ class IWaitingLine(Interface):
 
     def expires() -> float | None:
         """
-        When the line itself may find that somebody has waited too long, whatever ``wait_timeout`` says. Only
+        When the order itself may find that somebody has waited too long, whatever ``wait_timeout`` says. Only
         called while somebody waits.
 
         :return: a time in seconds; None if it never does.

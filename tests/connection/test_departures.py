@@ -462,11 +462,11 @@ def move():
         os._exit(0)
 
 def stop_watching():
-    for connection in limiter.waiting_for(factory):
+    for connection in limiter.admission.waiting_for(factory):
         connection.wrappedProtocol.stop_watching()
 
 def abort_all():
-    for connection in limiter.waiting_for(factory):
+    for connection in limiter.admission.waiting_for(factory):
         connection.transport.abortConnection()
 
 def waiting_and_departed():

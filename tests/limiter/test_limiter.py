@@ -21,9 +21,9 @@ from zope.interface import implementer
 from zope.interface.verify import verifyObject
 
 from connlimit import Limiter, LimitingFactory
-from connlimit._limiter.inert import Inert
 from connlimit._limiter.queue import Fair, Fifo
 from connlimit._limiter.settings import FIELDS, Settings
+from connlimit._limiter.slots import NullConnection
 from connlimit._system import descriptors
 from connlimit.interfaces import IConnection, ILimit, ILimiterObserver, IRefusingLimit
 from connlimit.limits import PerKey, PerPeer, Total
@@ -252,7 +252,7 @@ class ManyTests(LimiterTestCase):
         self.assert_counts(waiting=0, refused={"timeout": self.MANY})
 
 
-class Ephemeral(Inert):
+class Ephemeral(NullConnection):
     """
     A connection that nobody holds but the line, and that does what it is told when it is served.
     """
@@ -272,7 +272,7 @@ class HoldingTests(LimiterTestCase):
 
     def test_one_that_ends_while_it_is_served_and_that_nobody_holds_is_counted_once(self) -> None:
         limiter = self.limited(0)
-        limiter.wait(Ephemeral(limiter.finish))
+        limiter.admission.wait(Ephemeral(limiter.admission.finish))
         limiter.max_connections = 1
         self.assert_counts(active=0, finished=1, reclaimed=0)
 
@@ -286,8 +286,8 @@ class HoldingTests(LimiterTestCase):
                 kept.append(sys._getframe())
                 kept.append(error)
 
-        limiter.wait(Ephemeral(fail))
-        limiter.wait(Ephemeral(lambda connection: None))
+        limiter.admission.wait(Ephemeral(fail))
+        limiter.admission.wait(Ephemeral(lambda connection: None))
         limiter.max_connections = 2
         gc.collect()
         self.assert_counts(active=1, finished=1, reclaimed=1)
@@ -732,7 +732,7 @@ class PeerTests(LimiterTestCase):
         self.limited(2, max_per_peer=1, wait_timeout=10)
         first, *waiting = self.connect(4, host="10.0.0.1")
         waiting[0].deliver_although_paused(b"x")
-        self.factory.limiter.depart(waiting[0].protocol)
+        self.factory.limiter.admission.depart(waiting[0].protocol)
         self.close(first)
         self.assertEqual(self.served(), [0, 2])
         self.clock.advance(10)
@@ -928,7 +928,7 @@ class KeyTests(LimiterTestCase):
         for number in range(200):
             waiting = FakeConnection(self.clock, number=1000 + number, host="10.0.0.1").connect(self.factory)
             gone.append(weakref.ref(waiting.protocol))
-            self.limiter.depart(waiting.protocol)
+            self.limiter.admission.depart(waiting.protocol)
             waiting.protocol = None
             del waiting
         self.turn()
@@ -972,7 +972,7 @@ class OrderTests(LimiterTestCase):
         hosts = ["10.0.0.1", "10.0.0.1", "10.0.0.2"]
         self.assertEqual(self.turns(order, hosts), [0, 2, 1])
         self.assertEqual(made[0].max_connections, 0)
-        self.assertTrue(self.limiter.needs_peers)
+        self.assertTrue(self.limiter.admission.needs_peers)
         self.assertRaises(TypeError, self.limiter.reconfigure, order=5)
         self.assertRaises(ValueError, self.limiter.reconfigure, order="nearest")
 
@@ -1058,8 +1058,8 @@ class FailingOrderTests(LimiterTestCase):
         self.limited_by(expires=lambda self: 0.0)
         looks = []
         self.connect(2)
-        expired = self.limiter._line.expired
-        self.limiter._line.expired = lambda now: looks.append(now) or expired(now)
+        expired = self.limiter.admission.queue.expired
+        self.limiter.admission.queue.expired = lambda now: looks.append(now) or expired(now)
         self.clock.pump([0.001] * 1000)
         self.assertLess(len(looks), 150)
 
@@ -1110,7 +1110,7 @@ class ExemptTests(LimiterTestCase):
         client.protocol = None
         del client
         gc.collect()
-        self.assertEqual((limiter.active, len(limiter._collected)), (0, 1))
+        self.assertEqual((limiter.active, len(limiter.admission.slots.lost)), (0, 1))
         self.assert_counts(active=0, exempt=0)
 
     def test_a_drained_limiter_has_no_exempt(self) -> None:
@@ -1230,7 +1230,7 @@ class NoticeTests(LimiterTestCase):
     def test_who_departs_by_the_notice_of_another_harms_nobody(self) -> None:
         def what(connection: IConnection) -> bytes:
             for each in self.clients[2:]:
-                self.limiter.depart(each.protocol)
+                self.limiter.admission.depart(each.protocol)
             return b"please wait"
 
         self.limited(1, notice=(5, what))
@@ -1310,7 +1310,7 @@ class DryRunTests(LimiterTestCase):
         self.connect(10)
         limiter.reconfigure(**attrs.asdict(limiter.settings, recurse=False) | {"max_connections": 3})
         would = limiter.snapshot().dry_run
-        self.assertEqual((would.active, would.waiting, would.settings.dry_run), (3, 7, False))
+        self.assertEqual((would.active, would.waiting, would.dry_run), (3, 7, None))
 
     def test_a_changed_setting_is_tried_out_at_once(self) -> None:
         self.limited(1, dry_run=True)
@@ -1320,7 +1320,7 @@ class DryRunTests(LimiterTestCase):
         self.assertEqual(self.limiter.snapshot().dry_run.waiting, 0)
 
 
-class Socket(Inert):
+class Socket(NullConnection):
     """
     A connection with a socket of which the kernel tells.
     """
@@ -1355,8 +1355,11 @@ class LookTests(SynchronousTestCase):
         new = [Socket(len(self.sockets) + number, host) for number in range(count)]
         self.sockets += new
         for each in new:
-            if not self.limiter.serve_at_once(each) and self.limiter.may_wait(each) is None:
-                self.limiter.wait(each)
+            if (
+                not self.limiter.admission.serve_at_once(each)
+                and self.limiter.admission.may_wait(each) is None
+            ):
+                self.limiter.admission.wait(each)
         return new
 
     def closed(self) -> list[int]:
@@ -1367,7 +1370,7 @@ class LookTests(SynchronousTestCase):
         first, second, *_ = self.connect(3)
         self.clock.advance(2.5)
         second.idle_for = 2.5  # it has sent nothing while it waited
-        self.limiter.finish(first)
+        self.limiter.admission.finish(first)
         for _ in range(3):
             self.clock.advance(0.9)
             second.idle_for += 0.9
@@ -1395,8 +1398,8 @@ class LookTests(SynchronousTestCase):
         self.assertEqual(self.closed(), [])
         self.clock.advance(2)
         self.assertEqual(self.closed(), [0])
-        self.limiter.finish(self.sockets[0])
-        self.assertEqual(self.limiter._closing, set())
+        self.limiter.admission.finish(self.sockets[0])
+        self.assertEqual(self.limiter.admission.slots.closing, set())
 
     def test_nobody_is_closed_for_one_whom_a_free_slot_does_not_help(self) -> None:
         self.limited(1000, idle_timeout=3, max_per_peer=2)
@@ -1446,8 +1449,8 @@ class LookTests(SynchronousTestCase):
             dead.dead = True
             self.clock.advance(0.09)
             self.limiter.reconfigure(max_waiting=self.limiter.active + 10, wait_timeout=5 + len(self.sockets))
-            self.limiter.depart(waiting)
-            self.limiter.finish(waiting)
+            self.limiter.admission.depart(waiting)
+            self.limiter.admission.finish(waiting)
         self.assertEqual(self.limiter.snapshot().reclaimed, 1)
 
     def test_a_drain_finds_the_dead_although_nobody_waits(self) -> None:
@@ -1457,7 +1460,7 @@ class LookTests(SynchronousTestCase):
         self.clock.advance(1)
         self.assertEqual(self.limiter.active, 1)
         self.assertNoResult(done)
-        self.limiter.finish(self.sockets[1])
+        self.limiter.admission.finish(self.sockets[1])
         self.successResultOf(done)
         self.assertEqual(self.clock.getDelayedCalls(), [])
 
@@ -1468,8 +1471,8 @@ class LookTests(SynchronousTestCase):
         self.connect(1, host="10.0.0.1")
         self.connect(20, host="10.0.0.2")
         looks = []
-        expired = self.limiter._line.expired
-        self.limiter._line.expired = lambda now: looks.append(now) or expired(now)
+        expired = self.limiter.admission.queue.expired
+        self.limiter.admission.queue.expired = lambda now: looks.append(now) or expired(now)
         self.clock.pump([0.01] * 500)
         self.assertLess(len(looks), 100)
         self.assertEqual(self.limiter.snapshot().refused["timeout"], 20)
@@ -1484,13 +1487,13 @@ class RetryAfterTests(LimiterTestCase):
     def test_it_is_the_time_that_the_line_will_take(self) -> None:
         self.limited(1)
         for _ in range(30):
-            self.limiter.retry_after()
+            self.limiter.admission.retry_after()
             active = self.connect()[0]
             self.clock.advance(2)
             self.close(active)
         self.connect(10)
-        self.assertAlmostEqual(self.limiter.retry_after(), 20, delta=3)
+        self.assertAlmostEqual(self.limiter.admission.retry_after(), 20, delta=3)
 
     def test_it_is_a_second_before_anything_is_known(self) -> None:
         self.limited(0)
-        self.assertEqual(self.limiter.retry_after(), 1.0)
+        self.assertEqual(self.limiter.admission.retry_after(), 1.0)

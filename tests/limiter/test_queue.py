@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from zope.interface.verify import verifyObject
 
-from connlimit._limiter.queue import Adaptive, Fair, Fifo, Lifo, Line
-from connlimit.interfaces import IWaitingLine
+from connlimit._limiter.queue import Adaptive, Fair, Fifo, Lifo, Queue
+from connlimit.interfaces import IQueue
 
 
 @attrs.frozen
@@ -41,7 +41,7 @@ ORDERS: dict[str, Callable[[], Fifo]] = {
 
 @pytest.mark.parametrize("order", ORDERS)
 def test_each_order_is_a_line(order: str) -> None:
-    verifyObject(IWaitingLine, ORDERS[order]())
+    verifyObject(IQueue, ORDERS[order]())
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -156,9 +156,9 @@ class TestAside:
     Those who stand aside.
     """
 
-    def filled(self, count: int) -> tuple[Line, list[Waiting]]:
+    def filled(self, count: int) -> tuple[Queue, list[Waiting]]:
         self.full: set[object] = set()
-        line = Line(Fifo(), lambda key: key not in self.full)
+        line = Queue(Fifo(), lambda key: key not in self.full)
         all_of_them = [Waiting(number, number % 2) for number in range(count)]
         for each in all_of_them:
             line.add(each, float(each.number))
@@ -294,7 +294,7 @@ class TestAside:
 def test_those_who_have_waited_longest_are_found_wherever_they_stand(
     steps: list[tuple[bool, int]], wanted: int
 ) -> None:
-    line = Line(Fifo(), lambda key: False)
+    line = Queue(Fifo(), lambda key: False)
     for now, (aside, leaves) in enumerate(steps):
         each = Waiting(now)
         line.add(each, now)

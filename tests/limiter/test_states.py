@@ -220,8 +220,8 @@ class EveryOrder(RuleBasedStateMachine):
     def end_is_told_twice(self, number: int) -> None:
         client = self.pick(number)
         if client.lost is not None and client.address.port in self.endings.endings:
-            client.protocol.factory.limiter.finish(client.protocol)
-            client.protocol.factory.limiter.depart(client.protocol)
+            client.protocol.factory.limiter.admission.finish(client.protocol)
+            client.protocol.factory.limiter.admission.depart(client.protocol)
 
     @rule(most=ROOM)
     def change_the_limit(self, most: int | None) -> None:
@@ -281,10 +281,10 @@ class EveryOrder(RuleBasedStateMachine):
         if most is not None and self.limiter.active >= most:
             return
         assert cap is not None or self.by_port is not None
-        active = [each for factory in self.factories for each in self.limiter.active_for(factory)]
+        active = [each for factory in self.factories for each in self.limiter.admission.active_for(factory)]
         peers, colours = Counter(map(self.peer, active)), Counter(colour(each.address) for each in active)
         for factory in self.factories:
-            for each in self.limiter.waiting_for(factory):
+            for each in self.limiter.admission.waiting_for(factory):
                 lacks_peer = cap is not None and peers[self.peer(each)] >= cap
                 lacks_colour = self.by_port is not None and colours[colour(each.address)] >= self.by_port
                 assert lacks_peer or lacks_colour
@@ -296,7 +296,7 @@ class EveryOrder(RuleBasedStateMachine):
         return Counter(
             self.peer(connection)
             for factory in factories
-            for connection in getattr(self.limiter, which)(factory)
+            for connection in getattr(self.limiter.admission, which)(factory)
         )
 
     def peer(self, connection: object) -> str:

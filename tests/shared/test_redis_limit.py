@@ -47,7 +47,7 @@ from twisted.internet.threads import deferToThread
 from twisted.logger import LogLevel
 
 from connlimit import Limiter
-from connlimit._limiter.inert import Inert
+from connlimit._limiter.slots import NullConnection
 from connlimit._twistd.config_file import read
 from connlimit._twistd.targets.relay import RelayFactory
 from connlimit.refusals import Say
@@ -660,14 +660,14 @@ async def test_while_redis_cannot_be_used_all_wait_and_once_it_can_they_are_serv
         limit = redis_limit.RedisLimit("x", 5, url=url, ttl=TTL)
         limiter = Limiter(limits=[limit])
         with Log() as log:
-            newcomer = Inert(None)
-            assert not limiter.serve_at_once(newcomer)
-            limiter.wait(newcomer)
+            newcomer = NullConnection(None)
+            assert not limiter.admission.serve_at_once(newcomer)
+            limiter.admission.wait(newcomer)
             await until(lambda: limit._is_away and failures(limit) >= 2)
             assert limiter.waiting == 1
             do(mend)
             await until(lambda: limiter.active == 1)
-        limiter.finish(newcomer)
+        limiter.admission.finish(newcomer)
         await patiently(limit.close())
         # Logs of other tests may sum up meanwhile.
         complaint, relief = (text for text in log.texts() if text.startswith("limit x: "))

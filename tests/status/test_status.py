@@ -36,7 +36,7 @@ from twisted.internet.error import CannotListenError
 from twisted.internet.task import Clock
 
 from connlimit import Limiter, __version__
-from connlimit._limiter.inert import Inert
+from connlimit._limiter.slots import NullConnection
 from connlimit._listening.checked_endpoints import status_endpoint
 from connlimit.status import in_code, once, page, serve, top
 from connlimit.status.followers import MOST_FOLLOWERS
@@ -354,7 +354,7 @@ def test_names_and_addresses_are_no_markup() -> None:
     hostile = '"><script>alert(1)</script>'
     clock = Clock()
     limiter = Limiter(0, name=hostile, clock=clock)
-    limiter.wait(Inert(Address()))
+    limiter.admission.wait(NullConnection(Address()))
     service = StatusService(None, Limited(limiter), True, frozenset())
     text = shown_in_turns(service, "page")[0].decode()
     assert "<script>alert" not in text
@@ -375,7 +375,7 @@ def test_many_limiters_are_looked_at_in_turns() -> None:
 def test_thousands_who_wait_are_looked_at_in_turns() -> None:
     limiter = Limiter(0, clock=Clock())
     for number in range(5000):
-        limiter.wait(Inert(IPv4Address("TCP", f"192.0.2.{number % 100}", number)))
+        limiter.admission.wait(NullConnection(IPv4Address("TCP", f"192.0.2.{number % 100}", number)))
     service = StatusService(None, Limited(limiter), True, frozenset())
     shown, turns = shown_in_turns(service, "json")
     assert turns >= 5000 / 200

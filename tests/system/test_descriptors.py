@@ -151,11 +151,11 @@ def test_a_short_table_is_looked_at_until_it_is_not_short_any_more(monkeypatch: 
 def test_the_budget_of_a_limiter_knows_what_its_factories_open() -> None:
     limiter = Limiter(1)
     LimitingFactory(Factory(), limiter)
-    assert limiter.budget.opens == 0
+    assert limiter.admission.budget.opens == 0
     relay = RelayFactory(clientFromString(reactor, "tcp:127.0.0.1:1"), "a backend")
     LimitingFactory(WrappingFactory(relay), limiter)
     LimitingFactory(Factory(), limiter)
-    assert limiter.budget.opens == 1
+    assert limiter.admission.budget.opens == 1
 
 
 @pytest.mark.parametrize(

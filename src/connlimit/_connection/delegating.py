@@ -20,7 +20,7 @@ from zope.interface import Interface, implementer
 from connlimit._connection.at_rest import close, is_at_rest, is_producing
 from connlimit._connection.closing import MOST, QUIET, Patience
 from connlimit._connection.names import class_called, log_prefix
-from connlimit._limiter.limiter import Limiter
+from connlimit._limiter.admission import Admission
 from connlimit._system import descriptors, sockets
 from connlimit._system.bounded_log import BoundedLog
 from connlimit.interfaces import IConnection
@@ -33,7 +33,7 @@ class IFactory(TypingProtocol):
     What a connection needs of the factory that made it: `connlimit.LimitingFactory` has it.
     """
 
-    limiter: Limiter
+    admission: Admission
     wrappedFactory: Any
     connection_log: BoundedLog
     is_tls: bool
@@ -161,7 +161,7 @@ class DelegatingProtocol:  # type: ignore[misc]  # connectionMade is for makeCon
         try:
             self.wrappedProtocol.connectionLost(reason)
         finally:
-            self.factory.limiter.finish(self)
+            self.factory.admission.finish(self)
 
     def _transport_lost(self, reason: Failure = connectionDone, outer: Any = None) -> None:
         """
@@ -181,8 +181,8 @@ class DelegatingProtocol:  # type: ignore[misc]  # connectionMade is for makeCon
                 self.connected = 0
                 if self.closing is not None:
                     self.closing.stop()
-                self.factory.limiter.depart(self)
-                self.factory.limiter.reclaim(self, "its transport was taken over by another protocol")
+                self.factory.admission.depart(self)
+                self.factory.admission.reclaim(self, "its transport was taken over by another protocol")
 
     # What the limiter decides, see IConnection
 
@@ -206,7 +206,7 @@ class DelegatingProtocol:  # type: ignore[misc]  # connectionMade is for makeCon
             return
         give_up = partial(self._give_up, gave_up)
         self.closing = Patience(
-            self.transport, self.factory.limiter.clock, give_up, QUIET, MOST, self._lose_connection
+            self.transport, self.factory.admission.clock, give_up, QUIET, MOST, self._lose_connection
         )
         try:
             if is_producing(self.wrappedProtocol, self.transport):

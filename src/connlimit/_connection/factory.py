@@ -22,6 +22,7 @@ from connlimit._connection import in_use, known_protocols, refused
 from connlimit._connection.delegating import DelegatingProtocol
 from connlimit._connection.forwarding import class_for
 from connlimit._connection.waiting import ArrivingProtocol, WaitingProtocol
+from connlimit._limiter.admission import Admission
 from connlimit._limiter.limiter import Limiter
 from connlimit._system.bounded_log import BoundedLog
 
@@ -29,19 +30,20 @@ from connlimit._system.bounded_log import BoundedLog
 @implementer(IProtocolFactory, ILoggingContext)
 class LimitingFactory:
     """
-    Serves the connections of another factory as far as a limiter allows; the others wait in its line.
+    Serves the connections of another factory as far as a limiter allows; the others wait in its queue.
 
     Whatever else is asked of it or set on it, it hands on to the wrapped factory.
 
     :ivar wrappedFactory: the factory whose protocols serve the connections.
-    :ivar limiter: the limiter, which other factories may share.
+    :ivar admission: what the limiter is told of connections.
     :ivar connection_log: where failures of connections are logged.
     :ivar is_tls: whether the wrapped factory is the one that speaks TLS.
     """
 
     # What is declared here is set on this object, all else on the wrapped factory.
     wrappedFactory: IProtocolFactory
-    limiter: Limiter
+    admission: Admission
+    _limiter: Limiter
     connection_log: BoundedLog
     is_tls: bool
     _last_provided: object
@@ -61,8 +63,6 @@ class LimitingFactory:
         self.connection_log = BoundedLog(Logger())
         self.wrappedFactory = wrappedFactory
         self.limiter = limiter
-        in_use.use(limiter)
-        limiter.budget.expect(wrappedFactory)
         self._last_provided = None
         self._last_class = DelegatingProtocol
         self._ports = 0
@@ -95,6 +95,19 @@ class LimitingFactory:
     def __repr__(self) -> str:
         return f"<LimitingFactory of {self.wrappedFactory!r}>"
 
+    @property
+    def limiter(self) -> Limiter:
+        """
+        The limiter, which other factories may share.
+        """
+        return self._limiter
+
+    @limiter.setter
+    def limiter(self, limiter: Limiter) -> None:
+        in_use.use(limiter, self.wrappedFactory)
+        self._limiter = limiter
+        self.admission = limiter.admission  # bound once, since every connection needs it
+
     def logPrefix(self) -> str:
         """
         The log prefix of the wrapped factory.
@@ -116,13 +129,13 @@ class LimitingFactory:
         """
         self._ports -= 1
         if self._ports == 0:
-            self.limiter.refuse_waiting(self.limiter.waiting_for(self))
+            self.admission.refuse_waiting(self.admission.waiting_for(self))
         self.wrappedFactory.doStop()
 
     def buildProtocol(self, address: IAddress) -> DelegatingProtocol | None:
         """
         The protocol of a new connection: the real one if there is room, one that waits if there is
-        a place in the line, or None.
+        a place in the queue, or None.
         """
         connection = DelegatingProtocol()
         connection.factory = self
@@ -131,7 +144,7 @@ class LimitingFactory:
         connection.connected = 0
         connection.closing = None
         kind: type = address.__class__
-        if kind is UNIXAddress and self.limiter.needs_peers:
+        if kind is UNIXAddress and self.admission.needs_peers:
             connection.wrappedProtocol = ArrivingProtocol(connection)
             return connection
         protocol: Any = self.first_protocol(connection)
@@ -148,11 +161,11 @@ class LimitingFactory:
     def first_protocol(self, connection: DelegatingProtocol) -> IProtocol | None:
         """
         What a new connection begins with: the real protocol if there is room, one that waits if there is
-        a place in the line, one that refuses, or None to close it.
+        a place in the queue, one that refuses, or None to close it.
         """
-        limiter = self.limiter
+        admission = self.admission
         address = connection.address
-        if limiter.serve_at_once(connection):
+        if admission.serve_at_once(connection):
             try:
                 protocol: IProtocol | None = self.wrappedFactory.buildProtocol(address)
                 if not self._has_built:
@@ -163,9 +176,9 @@ class LimitingFactory:
                 )
                 protocol = None
             if protocol is None:
-                limiter.finish(connection)
+                admission.finish(connection)
             return protocol
-        reason = limiter.may_wait(connection)
+        reason = admission.may_wait(connection)
         return WaitingProtocol(connection) if reason is None else self.build_refusal(address, reason)
 
     def departs_on_half_close(self) -> bool:
@@ -182,7 +195,7 @@ class LimitingFactory:
     def learn_from(self, protocol: IProtocol | None) -> None:
         """
         Find out whether the first protocol is of a kind that answers. If that changes what those
-        who wait are taken for, looks at the whole line.
+        who wait are taken for, looks at all who wait.
         """
         if self._has_built or protocol is None:
             return
@@ -192,7 +205,7 @@ class LimitingFactory:
         if answers is not None:
             self._answers = answers
         if self.departs_on_half_close() and not before:
-            for connection in self.limiter.waiting_for(self):
+            for connection in self.admission.waiting_for(self):
                 connection.reconsider()
 
     def build_refusal(self, address: IAddress, reason: str) -> IProtocol | None:
@@ -209,4 +222,4 @@ class LimitingFactory:
 
 def _is_ours(name: str) -> bool:
     # What Python and zope.interface note about an object has underscores.
-    return name in LimitingFactory.__annotations__ or name.startswith("__")
+    return name in LimitingFactory.__annotations__ or name == "limiter" or name.startswith("__")

@@ -85,7 +85,7 @@ class _SlotKept(DelegatingProtocol):
             raise
 
     def _release_slot(self) -> None:
-        self.factory.limiter.finish(self)
+        self.factory.admission.finish(self)
 
     def is_dead(self) -> bool:
         return bool(self.wrappedProtocol.is_over())

@@ -5,8 +5,10 @@ The limiters of this process that something stands behind.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
+
+from connlimit._system.descriptors import Budget
 
 if TYPE_CHECKING:
     from connlimit._limiter.limiter import Limiter
@@ -15,11 +17,15 @@ if TYPE_CHECKING:
 _limiters: WeakValueDictionary[int, Limiter] = WeakValueDictionary()
 
 
-def use(limiter: Limiter) -> None:
+def use(limiter: Limiter, factory: Any) -> None:
     """
-    Something stands behind a limiter from now on.
+    A factory stands behind a limiter from now on, and takes descriptors for each connection.
     """
     _limiters.setdefault(id(limiter), limiter)
+    budget = limiter.admission.budget
+    if not isinstance(budget, Budget):
+        budget = limiter.admission.budget = Budget()
+    budget.expect(factory)
 
 
 def limiters() -> Mapping[str, Limiter]:

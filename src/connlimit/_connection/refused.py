@@ -36,7 +36,7 @@ def build(limiter: Limiter, address: IAddress, reason: str) -> IProtocol | None:
     if reason == DESCRIPTORS or not descriptors.REFUSALS.has_room():
         return None
     try:
-        protocol = limiter.settings.refusal.build_protocol(address, reason, limiter.retry_after())
+        protocol = limiter.settings.refusal.build_protocol(address, reason, limiter.admission.retry_after())
     except BaseException:
         _log.failure("{refusal} failed to build a protocol", refusal=limiter.settings.refusal)
         return None
@@ -62,7 +62,7 @@ class _Refusing(Protocol):
         self._waiting: list[Deferred[None]] = []
 
     def connectionMade(self) -> None:
-        self._limiter.refusals.add(self)
+        self._limiter.admission.refusals.add(self)
         descriptors.REFUSALS.taken += 1
         self._timer = self._limiter.clock.callLater(LINGER, self._abort)
         self._call("makeConnection", self.transport)
@@ -77,7 +77,7 @@ class _Refusing(Protocol):
             self._timer = None
         if self._patience is not None:
             self._patience.stop()
-        self._limiter.refusals.discard(self)
+        self._limiter.admission.refusals.discard(self)
         waiting, self._waiting = self._waiting, []
         self._call("connectionLost", reason)
         for each in waiting:

@@ -59,7 +59,7 @@ class WaitingProtocol:  # type: ignore[misc]  # connectionMade is for makeConnec
         if sock is not None:
             self._descriptor = sock.fileno()
             reactor = sockets.lowest(transport).reactor
-            connection.factory.limiter.run_in(reactor)
+            connection.factory.admission.run_in(reactor)
             self._departures = departures.of(reactor)
             self._departures.watch(self._descriptor, self)
             if isinstance(connection.address, UNIXPeer):
@@ -69,7 +69,7 @@ class WaitingProtocol:  # type: ignore[misc]  # connectionMade is for makeConnec
             else:
                 del connection.address
                 connection.become(_Addressless)
-        connection.factory.limiter.wait(connection)
+        connection.factory.admission.wait(connection)
 
     def dataReceived(self, data: bytes) -> None:
         # Seldom, and never more than twice: what TLS had decrypted already.
@@ -83,7 +83,7 @@ class WaitingProtocol:  # type: ignore[misc]  # connectionMade is for makeConnec
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:
         self.stop_watching()
-        self.connection.factory.limiter.depart(self.connection)
+        self.connection.factory.admission.depart(self.connection)
 
     # What the departures ask and tell
 
@@ -108,7 +108,7 @@ class WaitingProtocol:  # type: ignore[misc]  # connectionMade is for makeConnec
         """
         self.stop_watching()
         try:
-            self.connection.factory.limiter.depart(self.connection)
+            self.connection.factory.admission.depart(self.connection)
         finally:
             self.connection.abort()
 

@@ -13,7 +13,7 @@ from weakref import ref
 from twisted.internet.interfaces import IDelayedCall
 from twisted.logger import Logger
 
-from connlimit._limiter.inert import Inert
+from connlimit._limiter.slots import NullConnection
 from connlimit.interfaces import IConnection, ILimiter, Snapshot
 from connlimit.observers import LimiterObserver
 
@@ -41,7 +41,7 @@ class DryRun(LimiterObserver):
         """
         self._limiter = limiter
         self._shadow = shadow
-        self._shadows: dict[ref[IConnection], Inert] = {}
+        self._shadows: dict[ref[IConnection], NullConnection] = {}
         self._collected: list[ref[IConnection]] = []
         # How many connections found how many others active.
         self._found_active: Counter[int] = Counter()
@@ -101,10 +101,11 @@ class DryRun(LimiterObserver):
         """
         self._forget_collected()
         self._found_active[limiter.active - 1] += 1
-        shadow = Inert(connection.address)
+        shadow = NullConnection(connection.address)
         self._shadows[ref(connection, self._collected.append)] = shadow
-        if not self._shadow.serve_at_once(shadow) and self._shadow.may_wait(shadow) is None:
-            self._shadow.wait(shadow)
+        admission = self._shadow.admission
+        if not admission.serve_at_once(shadow) and admission.may_wait(shadow) is None:
+            admission.wait(shadow)
         if self._timer is None:
             self._timer = limiter.clock.callLater(_REPORT_INTERVAL, self._minute_over)
 
@@ -114,10 +115,10 @@ class DryRun(LimiterObserver):
         """
         self._end(self._shadows.pop(ref(connection), None))
 
-    def _end(self, shadow: Inert | None) -> None:
+    def _end(self, shadow: NullConnection | None) -> None:
         if shadow is not None:
-            self._shadow.depart(shadow)
-            self._shadow.finish(shadow)
+            self._shadow.admission.depart(shadow)
+            self._shadow.admission.finish(shadow)
 
     def _forget_collected(self) -> None:
         while self._collected:

@@ -1,5 +1,5 @@
 """
-The waiting line: who waits, since when, and whose turn it is.
+The queue: who waits, since when, and whose turn it is.
 """
 
 from __future__ import annotations
@@ -15,62 +15,45 @@ from twisted.internet.interfaces import IAddress
 from twisted.logger import Logger
 from zope.interface import implementer
 
-from connlimit.interfaces import IConnection, IWaitingLine
+from connlimit.interfaces import IConnection, IQueue
 
 T = TypeVar("T")
 Peer: TypeAlias = Callable[[IAddress], Hashable]
 Keys: TypeAlias = tuple[Any, ...]
 
 
-@implementer(IWaitingLine)
+@implementer(IQueue)
 class Fifo(OrderedDict[IConnection, float]):
     """
     First come, first served: the time of arrival by connection.
 
     An OrderedDict, not a dict: the first entry of a dict takes ever longer to find as entries
     before it are removed.
+
+    :cvar needs_peers: whether it matters who a connection's peer is.
     """
 
+    needs_peers = False
+
     def add(self, connection: IConnection, now: float) -> None:
-        """
-        See `IWaitingLine.add`.
-        """
         self[connection] = now
 
     def remove(self, connection: IConnection) -> float:
-        """
-        See `IWaitingLine.remove`.
-        """
         return self.pop(connection)
 
     def arrival(self, connection: IConnection) -> float:
-        """
-        See `IWaitingLine.arrival`.
-        """
         return self[connection]
 
     def next(self, now: float) -> IConnection:
-        """
-        See `IWaitingLine.next`.
-        """
         return next(iter(self))
 
     def oldest(self) -> tuple[IConnection, float]:
-        """
-        See `IWaitingLine.oldest`.
-        """
         return next(iter(self.items()))
 
     def expires(self) -> float | None:
-        """
-        See `IWaitingLine.expires`.
-        """
         return None
 
     def has_expired(self, connection: IConnection, now: float) -> bool:
-        """
-        See `IWaitingLine.has_expired`.
-        """
         return False
 
 
@@ -80,9 +63,6 @@ class Lifo(Fifo):
     """
 
     def next(self, now: float) -> IConnection:
-        """
-        See `IWaitingLine.next`.
-        """
         return next(reversed(self))
 
 
@@ -91,6 +71,8 @@ class Fair(Fifo):
     The peers take turns; within one, first come, first served.
     """
 
+    needs_peers = True
+
     def __init__(self, peer: Peer) -> None:
         super().__init__()
         self._peer = peer
@@ -98,16 +80,11 @@ class Fair(Fifo):
         self._turns: OrderedDict[Hashable, OrderedDict[IConnection, None]] = OrderedDict()
 
     def add(self, connection: IConnection, now: float) -> None:
-        """
-        See `IWaitingLine.add`.
-        """
         super().add(connection, now)
         self._turns.setdefault(self._peer(connection.address), OrderedDict())[connection] = None
 
     def remove(self, connection: IConnection) -> float:
-        """
-        See `IWaitingLine.remove`. A peer whose connection leaves has had its turn, if that was the next.
-        """
+        # A peer whose connection leaves has had its turn, if that was the next.
         peer = self._peer(connection.address)
         its = self._turns[peer]
         was_next = next(iter(self._turns)) == peer and next(iter(its)) is connection
@@ -119,19 +96,16 @@ class Fair(Fifo):
         return super().remove(connection)
 
     def next(self, now: float) -> IConnection:
-        """
-        See `IWaitingLine.next`.
-        """
         return next(iter(next(iter(self._turns.values()))))
 
 
 class Adaptive(Fifo):
     """
-    First come, first served, until the line is overloaded: then the newest first, and whoever has waited
+    First come, first served, until the queue is overloaded: then the newest first, and whoever has waited
     too long is refused.
 
     The test is that of CoDel (RFC 8289), on the wait of whoever has waited longest: more than *target*
-    seconds, without a break for *interval* seconds. The overload is over when the line has been empty.
+    seconds, without a break for *interval* seconds. The overload is over when the queue has been empty.
     """
 
     def __init__(self, target: float, interval: float) -> None:
@@ -142,24 +116,15 @@ class Adaptive(Fifo):
         self._above: float | None = None
 
     def remove(self, connection: IConnection) -> float:
-        """
-        See `IWaitingLine.remove`.
-        """
         arrived = super().remove(connection)
         if not self:
             self._above = None
         return arrived
 
     def next(self, now: float) -> IConnection:
-        """
-        See `IWaitingLine.next`.
-        """
         return next(reversed(self)) if self._is_overloaded(now) else next(iter(self))
 
     def expires(self) -> float | None:
-        """
-        See `IWaitingLine.expires`.
-        """
         if not self:
             return None
         above_from = self.oldest()[1] + self._target
@@ -168,9 +133,6 @@ class Adaptive(Fifo):
         return max(above_from, self._above + self._interval)
 
     def has_expired(self, connection: IConnection, now: float) -> bool:
-        """
-        See `IWaitingLine.has_expired`.
-        """
         return self._is_overloaded(now) and self[connection] + self._target <= now
 
     def _is_overloaded(self, now: float) -> bool:
@@ -190,10 +152,11 @@ class Guarded(Fifo):
     """
 
     _log = Logger()
+    needs_peers = True  # for all that we know
 
-    def __init__(self, order: IWaitingLine) -> None:
+    def __init__(self, order: IQueue) -> None:
         super().__init__()
-        self._order: IWaitingLine | None = order
+        self._order: IQueue | None = order
 
     def _ask(self, method: str, *arguments: Any) -> Any:
         """
@@ -212,24 +175,15 @@ class Guarded(Fifo):
         return None
 
     def add(self, connection: IConnection, now: float) -> None:
-        """
-        See `IWaitingLine.add`.
-        """
         super().add(connection, now)
         self._ask("add", connection, now)
 
     def remove(self, connection: IConnection) -> float:
-        """
-        See `IWaitingLine.remove`.
-        """
         arrived = super().remove(connection)
         self._ask("remove", connection)
         return arrived
 
     def next(self, now: float) -> IConnection:
-        """
-        See `IWaitingLine.next`.
-        """
         connection: Any = self._ask("next", now)
         if connection is not None and isinstance(connection, Hashable) and connection in self:
             return connection  # type: ignore[return-value]
@@ -243,16 +197,10 @@ class Guarded(Fifo):
         return super().next(now)
 
     def expires(self) -> float | None:
-        """
-        See `IWaitingLine.expires`.
-        """
         expires = self._ask("expires")
         return expires if isinstance(expires, (int, float)) else None
 
     def has_expired(self, connection: IConnection, now: float) -> bool:
-        """
-        See `IWaitingLine.has_expired`.
-        """
         return bool(self._ask("has_expired", connection, now))
 
 
@@ -351,7 +299,7 @@ class _Group:
     connections: OrderedDict[IConnection, None] = attrs.Factory(OrderedDict)
 
 
-class Line:
+class Queue:
     """
     Everybody who waits: those in the order, and those who stand aside because a key of theirs has no room.
 
@@ -369,8 +317,11 @@ class Line:
         :param order: an empty queue.
         :param has_room: whether there is room for one more of a key.
         """
-        self.order = order
         self._has_room = has_room
+        self._begin(order)
+
+    def _begin(self, order: Fifo) -> None:
+        self.order = order
         # By arrival: those who stand aside or have returned, and of them those who have returned.
         self._outside: Ranked[IConnection] = Ranked()
         self.returned: Ranked[IConnection] = Ranked()
@@ -380,6 +331,17 @@ class Line:
         self._below: dict[Hashable, Ranked[_Group]] = {}
         self._steps = count()
         self._stepped: dict[IConnection, int] = {}
+
+    def reorder(self, order: Fifo) -> None:
+        """
+        Let all who wait wait in another order. Looks at all.
+
+        :param order: an empty queue.
+        """
+        arrivals = [(each, self.arrival(each)) for each in self]
+        self._begin(order)
+        for connection, arrived in arrivals:
+            order.add(connection, arrived)
 
     def __len__(self) -> int:
         return len(self.order) + len(self._outside)
@@ -444,7 +406,7 @@ class Line:
 
     def add(self, connection: IConnection, now: float) -> None:
         """
-        Put a new connection in the line.
+        Put a new connection in the queue.
         """
         self.order.add(connection, now)
 

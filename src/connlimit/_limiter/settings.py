@@ -4,8 +4,9 @@ The one table of a limiter's settings, from which code, command line and endpoin
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Mapping
-from typing import Any, TypeVar
+from collections.abc import Callable, Container, Hashable, Iterable, Mapping, Sequence
+from ipaddress import IPv4Network, IPv6Network
+from typing import Any, Generic, Literal, TypedDict, TypeVar, overload
 
 import attrs
 
@@ -13,7 +14,7 @@ from connlimit._limiter import values as kinds
 from connlimit._limiter.values import Kind, did_you_mean, either, shown
 from connlimit.refusals import close
 
-C = TypeVar("C", bound=type)
+T = TypeVar("T")
 
 
 def _setting(default: Any, kind: Kind, unit: str, help: str) -> Any:
@@ -183,19 +184,64 @@ def load(name: str, value: Any) -> Any:
     return kind_of(name).of_file(name, value)
 
 
-def adjustable(cls: C) -> C:
+class SettingsDict(TypedDict, total=False):
     """
-    Give a class that has ``settings`` and ``reconfigure`` an attribute for each setting.
+    Settings by their names, as they are given in code.
     """
-    for name, field in FIELDS.items():
-        setattr(cls, name, _property(name, field.metadata))
-    return cls
+
+    max_connections: int | None
+    max_per_peer: int | None
+    peer_prefix: Sequence[int]
+    over_peer: OverPeer
+    max_rate: float | None
+    max_burst: int | None
+    max_waiting: int | None
+    wait_timeout: float | None
+    order: Order
+    adaptive_target: float
+    adaptive_interval: float
+    departed_on_half_close: Auto
+    notice: Notice
+    idle_timeout: float | None
+    exempt: Exempt
+    refusal: Any
+    dry_run: bool
+    log: bool
+    name: str
 
 
-def _property(name: str, metadata: Mapping[str, Any]) -> property:
-    unit = f" ({metadata['unit']})" if metadata["unit"] else ""
-    return property(
-        lambda self: getattr(self.settings, name),
-        lambda self, value: self.reconfigure(**{name: value}),
-        doc=f"{metadata['help'].capitalize()}{unit}.",
-    )
+OverPeer = Literal["wait", "refuse"]
+Order = Literal["fifo", "lifo", "fair", "adaptive"] | Callable[["Settings", Callable[[Any], Hashable]], Any]
+Auto = bool | Literal["auto"]
+Notice = tuple[float, bytes | Callable[[Any], bytes]] | None
+Exempt = Iterable[str | IPv4Network | IPv6Network] | Callable[[Any], bool] | None
+
+
+class _Unconverted:
+    """
+    No value is of this type: it only says that what is read need not be what was set, as it was converted.
+    """
+
+
+class Setting(Generic[T]):
+    """
+    The attribute of a setting, of whatever has ``settings`` and ``reconfigure``.
+    """
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+        metadata = FIELDS[name].metadata
+        unit = f" ({metadata['unit']})" if metadata["unit"] else ""
+        self.__doc__ = f"{metadata['help'].capitalize()}{unit}."
+
+    @overload
+    def __get__(self, instance: None, owner: type) -> Setting[T]: ...
+
+    @overload
+    def __get__(self, instance: object, owner: type) -> T: ...
+
+    def __get__(self, instance: Any, owner: type) -> Any:
+        return self if instance is None else getattr(instance.settings, self._name)
+
+    def __set__(self, instance: Any, value: T | _Unconverted) -> None:
+        instance.reconfigure(**{self._name: value})

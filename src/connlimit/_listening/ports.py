@@ -74,13 +74,13 @@ def watched(port: Any, limiter: Limiter, when_full: str) -> Any:
     The port, which its limiter knows from now on.
     """
     if hasattr(port, "socket"):
-        limiter.run_in(port.reactor)
+        limiter.admission.run_in(port.reactor)
         if IReactorCore.providedBy(port.reactor):
             _Shutdown(limiter, port)
         if when_full == "stop-accepting" and IReadDescriptor.providedBy(port):
-            limiter.add_port(_StoppingPort(limiter, port))
+            limiter.admission.add_port(_StoppingPort(limiter, port))
         else:
-            limiter.add_port(_Port(port))
+            limiter.admission.add_port(_Port(port))
     return port
 
 
@@ -131,7 +131,7 @@ class _Shutdown:
 
     def _begin(self) -> None:
         self._has_begun = True
-        self._limiter.refuse_all()
+        self._limiter.admission.refuse_all()
 
     def _stop_listening(self) -> Any:
         """
@@ -146,7 +146,7 @@ class _Shutdown:
         return None if stopped is None else stopped.addCallback(self._wait)
 
     def _wait(self, result: Any) -> Deferred[Any]:
-        return self._limiter.wait_for((), None).addCallback(lambda _: result)
+        return self._limiter.admission.wait_for((), None).addCallback(lambda _: result)
 
 
 class _StoppingPort(_Port, LimiterObserver):
@@ -219,7 +219,7 @@ class _StoppingPort(_Port, LimiterObserver):
             self._limiter.remove_observer(self)
             self._cancel_look()
             return
-        has_place = self._limiter.has_place()
+        has_place = self._limiter.admission.has_place()
         if has_place == self._has_stopped:
             self._has_stopped = not has_place
             if has_place:

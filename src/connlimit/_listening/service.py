@@ -75,12 +75,12 @@ class LimitedService(StreamServerEndpointService):
         return ensureDeferred(self._stop())
 
     async def _stop(self) -> None:
-        limiter = self.factory.limiter
+        admission = self.factory.admission
         # Before anything else of it stops; from the next call on nobody comes any more.
-        limiter.refuse_waiting(limiter.waiting_for(self.factory))
+        admission.refuse_waiting(admission.waiting_for(self.factory))
         await super().stopService()
-        active = [] if self.drain_timeout is None else limiter.active_for(self.factory)
-        await limiter.wait_for(active, self.drain_timeout)
+        active = [] if self.drain_timeout is None else admission.active_for(self.factory)
+        await admission.wait_for(active, self.drain_timeout)
 
 
 def limit_service(

@@ -20,6 +20,7 @@ import os
 import socket
 import sys
 from typing import Any
+from weakref import WeakSet
 
 import attrs
 from twisted.internet.defer import Deferred
@@ -104,9 +105,16 @@ def saw(number: int) -> None:
     """
     A new descriptor has this number; call it at least if that is not below `reserve_begins`.
     """
-    global is_short
     most = _known_limit()
-    is_short = most is not None and number >= most - reserve(most)
+    _set_short(most is not None and number >= most - reserve(most))
+
+
+def _set_short(short: bool) -> None:
+    global is_short
+    if short != is_short:
+        is_short = short
+        for budget in _budgets:
+            budget.is_tight = short or budget.opens > 0
 
 
 def left_for_serving(opens: int = 0) -> bool:
@@ -192,18 +200,21 @@ REFUSALS = Share()
 HEADERS = Share()
 
 
-@attrs.define
+@attrs.define(eq=False)
 class Budget:
     """
-    What the connections of a limiter may take.
+    What the connections of a limiter may take, which its admission asks.
 
+    :ivar is_tight: whether there is something to find out before somebody is served.
     :ivar opens: how many descriptors are opened for one that is served, besides its own.
-    :ivar is_reserved: whether they may take those of the reserve; whoever says so sees to it that they are no
-        more than a `share`, those who wait among them.
     """
 
     opens: int = 0
-    is_reserved: bool = False
+    is_tight: bool = attrs.field(init=False)
+
+    def __attrs_post_init__(self) -> None:
+        self.is_tight = is_short or self.opens > 0
+        _budgets.add(self)
 
     def expect(self, factory: Any) -> None:
         """
@@ -214,13 +225,20 @@ class Budget:
             opens = getattr(factory, "opens_descriptors", 0)
             if isinstance(opens, int):
                 self.opens = max(self.opens, opens)
+                self.is_tight = is_short or self.opens > 0
             factory = vars(factory).get("wrappedFactory") if hasattr(factory, "__dict__") else None
 
     def may_serve(self) -> bool:
         """
         Whether one more may be served.
         """
-        return left_in_reserve() if self.is_reserved else left_for_serving(self.opens)
+        return left_for_serving(self.opens)
+
+    def may_serve_exempt(self) -> bool:
+        """
+        Whether one more may be served that is exempt.
+        """
+        return left_in_reserve()
 
     def may_wait(self, slots: float) -> bool:
         """
@@ -228,9 +246,11 @@ class Budget:
 
         :param slots: how many more could be served at once.
         """
-        if self.is_reserved:
-            return left_in_reserve()
         return left_for_waiting(self.opens * slots if self.opens else 0)
+
+
+#: All there are, which are told when descriptors run short.
+_budgets: WeakSet[Budget] = WeakSet()
 
 
 def counted(endpoint: IStreamClientEndpoint) -> IStreamClientEndpoint:
@@ -284,13 +304,12 @@ def _lowest_free(most: int) -> int:
     """
     The number that the next descriptor gets; the limit if there is none left.
     """
-    global is_short
     try:
         with socket.socket() as probe:
             number = probe.fileno()
     except OSError:
         number = most
-    is_short = number >= most - reserve(most)
+    _set_short(number >= most - reserve(most))
     return number
 
 

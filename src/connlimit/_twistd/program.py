@@ -155,14 +155,14 @@ class Program(MultiService):
         """
         limiters = self.all_limiters()
         for limiter in limiters:
-            limiter.refuse_all()
-        stopping = [each for limiter in limiters for each in limiter.stop_listening()]
+            limiter.admission.refuse_all()
+        stopping = [each for limiter in limiters for each in limiter.admission.stop_listening()]
         draining = [ensureDeferred(self._drain(limiter)) for limiter in limiters]
         await gatherResults([*stopping, *draining])
 
     async def _drain(self, limiter: Limiter) -> None:
         if not self.drain_timeout:
-            await limiter.wait_for((), None)
+            await limiter.admission.wait_for((), None)
             return
         before = limiter.snapshot()
         if before.active or before.exempt:
@@ -212,7 +212,7 @@ def _budget(limiter: Limiter) -> str:
     if allowed is not None:
         kept_free = descriptors.reserve(allowed)
         facts.insert(0, f"{allowed} descriptors, {kept_free} of them kept free of those who wait")
-        room = max(0, allowed - kept_free - (served or 0) * (1 + limiter.budget.opens))
+        room = max(0, allowed - kept_free - (served or 0) * (1 + limiter.admission.budget.opens))
         waiting = room if waiting is None else min(room, waiting)
     facts.append(f"room for {'any number' if waiting is None else waiting} in the line")
     return f"{limiter.name}: " + ", ".join(facts)

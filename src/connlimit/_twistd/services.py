@@ -15,6 +15,7 @@ from twisted.internet.interfaces import IListeningPort, IProtocolFactory
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
+from connlimit._connection import in_use
 from connlimit._connection.factory import LimitingFactory
 from connlimit._limiter.limiter import Limiter
 from connlimit._listening.ports import WatchedEndpoint
@@ -137,7 +138,7 @@ class ServiceUnit:
         is_served_so = (old.forward, old.relay, old.factory) == (new.forward, new.relay, new.factory)
         if not is_served_so and parts.factory is not None:
             self.factory.wrappedFactory = parts.factory
-            self.limiter.budget.expect(parts.factory)
+            in_use.use(self.limiter, parts.factory)
         self.config = parts.config
 
     async def close(self, piece: str) -> None:

@@ -11,8 +11,8 @@ from twisted.internet.address import IPv4Address
 from zope.interface.verify import verifyObject
 
 from connlimit import Limiter
-from connlimit._limiter.inert import Inert
 from connlimit._limiter.peers import exhausted
+from connlimit._limiter.slots import NullConnection
 from connlimit._twistd.processes.reports import PooledLimiter, Reporter
 from connlimit.interfaces import IConnection, ILimiter
 from connlimit.observers import LimiterObserver
@@ -25,7 +25,7 @@ def limiter_with(waiting: int) -> tuple[TurnsClock, Limiter]:
     clock = TurnsClock()
     limiter = Limiter(0, clock=clock, log=False)
     for number in range(waiting):
-        limiter.wait(Inert(IPv4Address("TCP", f"192.0.2.{number % 100}", number)))
+        limiter.admission.wait(NullConnection(IPv4Address("TCP", f"192.0.2.{number % 100}", number)))
     return clock, limiter
 
 
@@ -62,8 +62,8 @@ def test_the_workers_together_have_room_as_long_as_none_waits_and_slots_are_left
     limiter.max_connections = 1
     pooled = PooledLimiter(Limiter(2, log=False))
     assert pooled.has_room()
-    connection = Inert(None)
-    limiter.serve_at_once(connection)
+    connection = NullConnection(None)
+    limiter.admission.serve_at_once(connection)
     for worker, expected in enumerate((True, False)):
         for report in Reporter(limiter).reports():
             pooled.take(worker, report)
@@ -104,8 +104,8 @@ def test_an_observer_hears_who_is_served_by_workers_and_of_changed_settings() ->
     pooled.add_observer(observer)
     reporter = Reporter(limiter)
     limiter.max_connections = 1
-    limiter.serve_at_once(Inert(None))
-    reporter.served(limiter, Inert(None), 0.5)
+    limiter.admission.serve_at_once(NullConnection(None))
+    reporter.served(limiter, NullConnection(None), 0.5)
     for report in reporter.reports():
         pooled.take("worker", report)
     own.max_connections = 2

@@ -15,9 +15,9 @@ from twisted.internet.defer import Deferred
 from twisted.internet.interfaces import IReactorTime
 from zope.interface import implementer
 
-from connlimit._limiter.inert import Inert
 from connlimit._limiter.limiter import Limiter
 from connlimit._limiter.settings import Settings
+from connlimit._limiter.slots import NullConnection
 from connlimit.interfaces import (
     COUNTER,
     FIGURES,
@@ -45,7 +45,7 @@ _MOST_WAITS = 20_000
 
 
 #: Stands for a connection of a worker.
-_ELSEWHERE = Inert(None)
+_ELSEWHERE = NullConnection(None)
 
 
 class Reporter(LimiterObserver):

@@ -165,7 +165,7 @@ class SemaphoreProgram(Program):
             self._configuring.cancel()
         await self._site.finish(self._polls_timeout)
         for service in self._services:
-            for connection in limiter.active_for(service.factory):
+            for connection in limiter.admission.active_for(service.factory):
                 connection.close()
         await super()._drain(limiter)
         await self._store.close()

@@ -1,0 +1,157 @@
+"""
+Who holds a slot, which of them are dead or idle, and which were lost to garbage collection.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from operator import itemgetter
+from typing import Any
+from weakref import ref
+
+from twisted.internet.interfaces import IAddress
+from zope.interface import implementer
+
+from connlimit.interfaces import IConnection
+
+
+@implementer(IConnection)
+class NullConnection:
+    """
+    Stands for a connection that is lost, or that is another limiter's: does nothing, whatever it is told.
+    """
+
+    factory: Any = None
+    slot: Any = None
+
+    def __init__(self, address: Any) -> None:
+        self.address = address
+
+    def serve(self) -> None: ...
+
+    def refuse(self, reason: str) -> None: ...
+
+    def abort(self) -> None: ...
+
+    def close(self, gave_up: Callable[[], None] | None = None) -> None: ...
+
+    def notify(self, data: bytes) -> None: ...
+
+    def reconsider(self) -> None: ...
+
+    def is_dead(self) -> bool:
+        return False
+
+    def idle(self) -> float | None:
+        return None
+
+    def is_at_rest(self, quiet: float | None) -> bool:
+        return False
+
+
+class Slots:
+    """
+    The connections that hold a slot. They are held weakly, by the reference that is their ``slot``.
+
+    The garbage collector can come at any instant, so it only leaves the reference of a connection that it
+    took; the slot is free when the next connection arrives, or within a second if somebody waits.
+
+    :ivar active: the address of each that holds a slot.
+    :ivar exempt: those of them that are exempt and take none of the limits.
+    :ivar closing: those of them that were closed because they were idle, and are not gone yet.
+    :ivar lost: those of them that were collected.
+    :ivar served_at: when each was served, while that matters; None while it does not.
+    :ivar on_collection: what their references call.
+    """
+
+    __slots__ = ("_known_from", "active", "closing", "exempt", "lost", "on_collection", "served_at")
+
+    def __init__(self) -> None:
+        self.active: dict[ref[IConnection], IAddress] = {}
+        self.exempt: set[ref[IConnection]] = set()
+        self.closing: set[ref[IConnection]] = set()
+        self.lost: list[ref[IConnection]] = []
+        self.served_at: dict[ref[IConnection], float] | None = None
+        self.on_collection = self._collect  # bound once
+        # Since when it is known who was served when.
+        self._known_from = 0.0
+
+    @property
+    def taken(self) -> int:
+        """
+        How many are taken of those that ``max_connections`` gives.
+        """
+        return len(self.active) - len(self.exempt)
+
+    def count(self) -> int:
+        """
+        How many connections hold a slot, without the exempt and without those that are lost.
+        """
+        return self.taken - sum(slot not in self.exempt for slot in self.lost)
+
+    def take(self, connection: IConnection, now: float) -> ref[IConnection]:
+        """
+        Give a connection a slot.
+        """
+        connection.slot = slot = ref(connection, self.on_collection)
+        self.active[slot] = connection.address
+        if self.served_at is not None:
+            self.served_at[slot] = now
+        return slot
+
+    def connections(self) -> list[IConnection]:
+        """
+        The connections that hold a slot, the exempt among them.
+        """
+        return [connection for slot in list(self.active) if (connection := slot()) is not None]
+
+    def addresses(self) -> Iterator[IAddress]:
+        """
+        The addresses of those that are not exempt.
+        """
+        return (address for slot, address in self.active.items() if slot not in self.exempt)
+
+    def _collect(self, slot: ref[IConnection]) -> None:
+        # Also of one that has finished, when nobody else holds it any more.
+        if slot in self.active:
+            self.lost.append(slot)
+
+    def take_lost(self) -> Iterator[IConnection]:
+        """
+        Something that stands for each that is lost, until there is none; whoever asks sees to its end.
+        """
+        while self.lost:
+            slot = self.lost.pop()
+            remains = NullConnection(self.active[slot])
+            remains.slot = slot
+            yield remains
+
+    def keep_times(self, are_kept: bool, now: float) -> None:
+        """
+        Know from now on when each connection is served, or not.
+        """
+        self.served_at = {} if are_kept else None
+        self._known_from = now
+
+    def idle(self, connections: list[IConnection], timeout: float, now: float) -> list[IConnection]:
+        """
+        Those of the connections that have been idle for so many seconds, longest first.
+        """
+        idle = []
+        for connection in connections:
+            if connection.slot is None or connection.slot in self.exempt or connection.slot in self.closing:
+                continue
+            seconds = self._idle(connection, now)
+            if seconds is not None and seconds >= timeout:
+                idle.append((seconds, connection))
+        return [connection for _, connection in sorted(idle, key=itemgetter(0), reverse=True)]
+
+    def _idle(self, connection: IConnection, now: float) -> float | None:
+        """
+        For how many seconds a connection has moved no byte since it was served.
+        """
+        assert self.served_at is not None
+        seconds = connection.idle()
+        if seconds is None:
+            return None
+        return min(seconds, now - self.served_at.get(connection.slot, self._known_from))
