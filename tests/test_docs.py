@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +42,6 @@ ELSEWHERE = {
     "$ .venv/bin/python docs/examples/limited_echo.py": "test_readme",
     "$ .venv/bin/python\n": "test_readme does the same with that example",
     ">>> a.close()": "test_readme does the same with that example",
-    '"""\nAn echo server': "test_readme",
-    "# An echo server behind": "test_command_line",
     "$ .venv/bin/twistd -ny": "test_command_line",
     "$ .venv/bin/python -m http.server": "it is Python's own server",
     "$ twist --log-format=json": "test_observers",
@@ -114,12 +113,21 @@ TWISTD = [
 ]
 
 
+def test_every_setting_is_in_the_table_of_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    from connlimit._limiter.settings import FIELDS
+
+    monkeypatch.syspath_prepend(ROOT / "docs" / "_extensions")
+    table = import_module("generated").settings()
+    assert re.findall(r"\* - ``(\w+)``", table) == list(FIELDS)
+    assert ".. limiter-settings::" in (ROOT / "docs" / "reference.rst").read_text()
+
+
 def test_every_block_is_executed_here_or_elsewhere() -> None:
     for words, where in ELSEWHERE.items():
         assert any(f"{block.text}\n".startswith(words) for block in BLOCKS), f"no block begins with {words!r}"
         for name in re.findall(r"\btest_\w+", where):
             assert list(ROOT.glob(f"tests/**/{name}.py")), f"there is no {name}"
-    here = {"python": ("howto.rst", "semaphores.rst"), "text": ("howto.rst",)}
+    here = {"python": ("howto.rst", "semaphores.rst", "README.rst"), "text": ("howto.rst",)}
     for block in BLOCKS:
         if not block.elsewhere() and block.language not in ("console", "sh"):
             assert block.page in here[block.language], str(block)
@@ -168,6 +176,7 @@ import gc
 import sys
 import time
 from twisted.application.internet import StreamServerEndpointService
+from twisted.application.service import Application
 from twisted.logger import LogLevel, globalLogPublisher
 failures = []
 globalLogPublisher.addObserver(lambda event: event["log_level"] >= LogLevel.error and failures.append(event))
@@ -177,7 +186,8 @@ from twisted.internet.protocol import Factory, Protocol
 from zope.interface import implementer
 from connlimit import Limiter, LimitingEndpoint, LimitingFactory
 from connlimit.interfaces import ILimit
-site, smtp_factory, some_factory = (Factory.forProtocol(Protocol) for _ in range(3))
+site, smtp_factory, some_factory, factory = (Factory.forProtocol(Protocol) for _ in range(4))
+application = Application("limited")
 web, mail, endpoint = (serverFromString(reactor, "tcp:0:interface=127.0.0.1") for _ in range(3))
 limiter = Limiter()
 context = ssl.CertificateOptions()
@@ -222,7 +232,7 @@ sys.exit(bool(failures))
 def test_the_code_of_the_recipes_runs(folder: Path) -> None:
     code = [PRELUDE]
     for block in BLOCKS:
-        if block.page == "howto.rst" and block.language == "python":
+        if block.page in ("howto.rst", "README.rst") and block.language == "python":
             text = block.text.replace("reactor, 8443", "reactor, 0").replace('"tcp:8081', '"tcp:0')
             if not hasattr(
                 endpoints, "wrapServerTLS"

@@ -20,6 +20,7 @@ import connlimit
 from connlimit import Limiter
 from connlimit._connection.known_protocols import KINDS
 from connlimit._limiter.settings import FIELDS
+from connlimit._limiter.values import Kind, shown
 from connlimit._twistd.command_line import Options
 from connlimit._twistd.config_file import Config, ServiceConfig, StatusConfig
 from connlimit._twistd.semaphores.command_line import Options as SemaphoresOptions
@@ -47,11 +48,23 @@ class SettingsDirective(SphinxDirective):
     """
 
     def run(self) -> list[nodes.Node]:
-        rows = [("Setting", "Type", "Unit", "Default", "Means")]
-        for name, field in FIELDS.items():
-            unit, help = field.metadata["unit"] or "text", field.metadata["help"]
-            rows.append((f"``{name}``", f"``{field.type}``", unit, f"``{field.default}``", help))
-        return self.parse_text_to_nodes(_table("20 14 14 12 40", rows))
+        return self.parse_text_to_nodes(settings())
+
+
+def settings() -> str:
+    """
+    The table of a limiter's settings, as text.
+    """
+    rows = [("Setting", "Values as text", "Default", "Means")]
+    for name, field in FIELDS.items():
+        kind: Kind = field.metadata["kind"]
+        texts = field.metadata["unit"] or kind.in_text
+        if isinstance(field.default, bool):
+            default = "yes" if field.default else "no"
+        else:
+            default = shown(field.default).replace("'", "")
+        rows.append((f"``{name}``", texts, default, field.metadata["help"]))
+    return _table("20 22 12 46", rows)
 
 
 class FiguresDirective(SphinxDirective):
