@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 from pytest_twisted import ensureDeferred
-from support.clients import read_all
+from support.clients import port_of, read_all
 from support.fakes import ApplicationError, RecordingFactory
 from support.logs import Log
 from support.patience import PATIENCE
@@ -40,10 +40,6 @@ from connlimit._connection import refused
 from connlimit._system import descriptors
 from connlimit._system.bounded_log import BoundedLog
 from connlimit.interfaces import IRefusal
-
-
-def port_of(where: str) -> int:
-    return int(where.rpartition(":")[2])
 
 
 @asynccontextmanager

@@ -8,7 +8,6 @@ import ast
 import os
 import select
 import socket
-import struct
 import subprocess
 import sys
 import time
@@ -17,6 +16,7 @@ from types import SimpleNamespace
 
 import pytest
 from pytest_twisted import ensureDeferred
+from support.clients import reset
 from support.fakes import ApplicationError
 from support.logs import Log
 from support.patience import PATIENCE
@@ -55,11 +55,6 @@ def connect(where: str, data: bytes = b"") -> socket.socket:
     if data:
         client.sendall(data)
     return client
-
-
-def reset(client: socket.socket) -> None:
-    client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    client.close()
 
 
 @ensureDeferred

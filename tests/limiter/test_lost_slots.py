@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import gc
 import socket
-import struct
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -14,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from pytest_twisted import ensureDeferred
+from support.clients import port_of, reset
 from support.fakes import ApplicationError, RecordingFactory
 from support.logs import Log
 from support.sockets import Client, connected, listening, patiently, until
@@ -36,18 +36,6 @@ async def free_within_a_second(limiter: Limiter) -> None:
     began = reactor.seconds()
     await until(lambda: limiter.active == 0)
     assert reactor.seconds() - began < 1.2
-
-
-def port_of(where: str) -> int:
-    return int(where.rpartition(":")[2])
-
-
-def reset(connection: socket.socket) -> None:
-    """
-    End a connection by a reset.
-    """
-    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    connection.close()
 
 
 @implementer(IHalfCloseableProtocol)

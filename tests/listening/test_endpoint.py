@@ -9,18 +9,14 @@ from pathlib import Path
 import pytest
 from pytest_twisted import ensureDeferred
 from support.fakes import RecordingFactory
-from support.sockets import connected, patiently, until
+from support.sockets import connected, patiently, tcp, until
 from twisted.internet import reactor
-from twisted.internet.endpoints import TCP4ServerEndpoint, serverFromString
+from twisted.internet.endpoints import serverFromString
 from twisted.internet.interfaces import IStreamServerEndpoint
 from zope.interface import providedBy
 from zope.interface.verify import verifyObject
 
 from connlimit import Limiter, LimitingEndpoint, limit_reactor
-
-
-def tcp(port: int = 0) -> TCP4ServerEndpoint:
-    return TCP4ServerEndpoint(reactor, port, interface="127.0.0.1")
 
 
 def test_the_endpoint_is_an_endpoint() -> None:

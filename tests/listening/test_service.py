@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager
 import pytest
 from pytest_twisted import ensureDeferred
 from support.fakes import RecordingFactory
-from support.sockets import connected, listening, patiently, until
+from support.sockets import connected, listening, patiently, tcp, until
 from twisted.application.internet import (
     SSLServer,
     StreamServerEndpointService,
@@ -20,15 +20,11 @@ from twisted.application.internet import (
 )
 from twisted.application.service import Application, IService, MultiService, Service
 from twisted.internet import reactor
-from twisted.internet.endpoints import TCP4ServerEndpoint, serverFromString
+from twisted.internet.endpoints import serverFromString
 from twisted.internet.error import CannotListenError
 from twisted.internet.protocol import Factory, Protocol
 
 from connlimit import LimitedService, Limiter, LimitingEndpoint, LimitingFactory, limit_service
-
-
-def tcp(port: int = 0) -> TCP4ServerEndpoint:
-    return TCP4ServerEndpoint(reactor, port, interface="127.0.0.1")
 
 
 class KnownPort:

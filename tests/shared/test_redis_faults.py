@@ -21,7 +21,7 @@ import pytest
 from pytest_twisted import ensureDeferred
 from support.logs import Log
 from support.patience import PATIENCE
-from support.redis import TTL, Redis, Service
+from support.redis import TTL, Redis, Service, questions
 from support.redis_limits import (
     NUMBERS,
     WORKER,
@@ -32,7 +32,6 @@ from support.redis_limits import (
     administer,
     failures,
     processes_of_their_own,
-    questions,
     redis_limit,
     script,
 )

@@ -16,16 +16,8 @@ from pathlib import Path
 import pytest
 from pytest_twisted import ensureDeferred
 from support.logs import Log
-from support.redis import TTL, Redis, command
-from support.redis_limits import (
-    Answering,
-    Switch,
-    administer,
-    failures,
-    processes_of_their_own,
-    questions,
-    redis_limit,
-)
+from support.redis import TTL, Redis, command, questions
+from support.redis_limits import Answering, Switch, administer, failures, processes_of_their_own, redis_limit
 from support.sockets import patiently, until
 from twisted.internet import reactor
 from twisted.internet.task import deferLater

@@ -5,6 +5,7 @@ Real clients that block, and where they connect to.
 from __future__ import annotations
 
 import socket
+import struct
 import time
 from contextlib import closing
 
@@ -37,3 +38,18 @@ def page_until(browser: object, words: str) -> None:
     while words not in browser.find_element("css selector", "body").text:
         assert time.monotonic() - began < PATIENCE, browser.find_element("css selector", "body").text
         time.sleep(0.1)
+
+
+def reset(connection: socket.socket) -> None:
+    """
+    End a connection by a reset.
+    """
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    connection.close()
+
+
+def port_of(where: str) -> int:
+    """
+    The port of an endpoint string of clients.
+    """
+    return int(where.rpartition(":")[2])

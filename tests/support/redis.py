@@ -162,3 +162,11 @@ def command(*words: bytes) -> bytes:
     What a client sends.
     """
     return b"*%d\r\n" % len(words) + b"".join(b"$%d\r\n%s\r\n" % (len(word), word) for word in words)
+
+
+def questions(redis: Redis) -> int:
+    """
+    How many questions Redis has been asked.
+    """
+    counts = redis.info_all("commandstats")
+    return sum(int(each) for each in re.findall(r"cmdstat_eval(?:sha)?:calls=(\d+)", counts))

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import re
 import socket
 import subprocess
 import sys
@@ -368,14 +367,6 @@ class Switch(threading.Thread):
     def stop(self) -> None:
         self._listening.close()
         self.to(self._redis)
-
-
-def questions(redis: Redis) -> int:
-    """
-    How many questions Redis has been asked.
-    """
-    counts = redis.info_all("commandstats")
-    return sum(int(each) for each in re.findall(r"cmdstat_eval(?:sha)?:calls=(\d+)", counts))
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from contextlib import asynccontextmanager
 from twisted.internet import reactor, task
 from twisted.internet.defer import Deferred, gatherResults
 from twisted.internet.endpoints import (
+    TCP4ServerEndpoint,
     clientFromString,
     connectProtocol,
     serverFromString,
@@ -135,3 +136,10 @@ async def listening(
     finally:
         await port.stopListening()
         await patiently(limiter.drain(0))
+
+
+def tcp(port: int = 0) -> TCP4ServerEndpoint:
+    """
+    An endpoint that listens on loopback.
+    """
+    return TCP4ServerEndpoint(reactor, port, interface="127.0.0.1")

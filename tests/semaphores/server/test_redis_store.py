@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import http.client
 import json
-import re
 import signal
 import socket
 import threading
@@ -20,7 +19,7 @@ from pytest_twisted import ensureDeferred
 from support.clients import read_all
 from support.patience import PATIENCE
 from support.programs import running
-from support.redis import Redis
+from support.redis import Redis, questions
 from support.semaphores import Server, in_thread, ours, wait_until_pending
 from twisted.internet import reactor
 from twisted.internet.defer import Deferred, DeferredList
@@ -450,11 +449,3 @@ def stores(redis: Redis, count: int) -> Iterator[list[RedisStore]]:
     finally:
         for each in made:
             each.close()
-
-
-def questions(redis: Redis) -> int:
-    """
-    How many times the script was run.
-    """
-    found = re.findall(r"cmdstat_eval(?:sha)?:calls=([0-9]+)", redis.info_all("commandstats"))
-    return sum(map(int, found))
