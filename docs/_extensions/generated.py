@@ -7,6 +7,7 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Iterator
+from inspect import cleandoc
 from pathlib import Path
 
 import attrs
@@ -15,9 +16,11 @@ from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 from support.guarantees import place
 from twisted.python import usage
+from zope.interface import Interface
+from zope.interface.interface import InterfaceClass, Method
 
 import connlimit
-from connlimit import Limiter
+from connlimit import Limiter, interfaces
 from connlimit._connection.known_protocols import KINDS
 from connlimit._limiter.settings import FIELDS
 from connlimit._limiter.values import Kind, shown
@@ -85,6 +88,32 @@ def figures() -> str:
         metric = metric_name(name, figure) + ("_total" if figure.kind == COUNTER else "")
         rows.append((f"``{name}``", figure.kind, figure.unit, figure.help, f"``{metric}``"))
     return _table("16 12 14 36 22", rows)
+
+
+class InterfacesDirective(SphinxDirective):
+    """
+    All interfaces, with what their methods promise; autodoc knows no interfaces of zope.
+    """
+
+    def run(self) -> list[nodes.Node]:
+        lines = []
+        for name, interface in vars(interfaces).items():
+            if isinstance(interface, InterfaceClass) and interface.__module__ == interfaces.__name__:
+                bases = ", ".join(base.__name__ for base in interface.getBases() if base is not Interface)
+                lines += ["", f".. py:class:: {name}({bases})", ""]
+                lines += _indented(interface.getDoc(), 3)
+                for member, description in interface.namesAndDescriptions():
+                    is_method = isinstance(description, Method)
+                    kind, signature = (
+                        ("method", description.getSignatureString()) if is_method else ("attribute", "")
+                    )
+                    lines += ["", f"   .. py:{kind}:: {member}{signature}", ""]
+                    lines += _indented(description.getDoc(), 6)
+        return self.parse_text_to_nodes("\n".join(lines))
+
+
+def _indented(text: str, by: int) -> list[str]:
+    return [" " * by + line for line in cleandoc(text).splitlines()]
 
 
 class OptionsDirective(SphinxDirective):
@@ -251,6 +280,7 @@ def setup(app: Sphinx) -> dict[str, bool]:
     """
     app.add_directive("limiter-settings", SettingsDirective)
     app.add_directive("snapshot-figures", FiguresDirective)
+    app.add_directive("interfaces", InterfacesDirective)
     app.add_directive("command-line-options", OptionsDirective)
     app.add_directive("semaphores-options", SemaphoresOptionsDirective)
     app.add_directive("file-keys", FileKeysDirective)

@@ -5,6 +5,7 @@ The alert rules and the dashboard, asked of a real Prometheus that scrapes a rea
 from __future__ import annotations
 
 import json
+import math
 import socket
 import subprocess
 import time
@@ -19,6 +20,9 @@ from support.applications import ECHO
 from support.clients import free_port
 from support.patience import PATIENCE
 from support.programs import require_program, running
+
+from connlimit import Limiter
+from connlimit._limiter.slots import NullConnection
 
 pytest.importorskip("prometheus_client")
 
@@ -107,3 +111,21 @@ def test_each_alert_asks_for_something_that_is_there(expression: str, prometheus
 )
 def test_each_panel_shows_something(expression: str, prometheus: str) -> None:
     assert query(prometheus, expression.replace("$__rate_interval", "1m"))
+
+
+def test_a_registry_of_ones_own_has_the_metrics_of_a_limiter() -> None:
+    from prometheus_client import CollectorRegistry
+
+    from connlimit.metrics import LimiterCollector, Watch
+
+    limiter, registry = Limiter(3, name="web"), CollectorRegistry()
+    registry.register(LimiterCollector([Watch(limiter)]))
+    served = NullConnection(None)
+    limiter.admission.serve_at_once(served)
+    assert registry.get_sample_value("connlimit_connections", {"limiter": "web", "state": "active"}) == 1
+    assert registry.get_sample_value("connlimit_max_connections", {"limiter": "web"}) == 3
+    assert registry.get_sample_value("connlimit_max_waiting", {"limiter": "web"}) == math.inf
+    assert registry.get_sample_value("connlimit_accepted_total", {"limiter": "web"}) == 1
+    assert registry.get_sample_value("connlimit_refused_total", {"limiter": "web", "reason": "full"}) == 0
+    assert registry.get_sample_value("connlimit_draining", {"limiter": "web"}) == 0
+    assert registry.get_sample_value("connlimit_backlog", {"limiter": "web"}) is None

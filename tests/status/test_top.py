@@ -15,7 +15,9 @@ import pytest
 from support.clients import free_port
 from support.patience import PATIENCE
 
+from connlimit import Limiter
 from connlimit.status import top
+from connlimit.status.watch import Watch
 
 STATE = {"limiters": [], "descriptors": {"open": 1, "limit": 2}, "reactor_lag": 0.0, "version": "1.2.3"}
 
@@ -116,3 +118,26 @@ def test_a_wrong_interval_gets_one_sentence(interval: str, capsys: pytest.Captur
 
 def test_the_version_of_the_server_is_shown() -> None:
     assert "connlimit 1.2.3" in top.lines(STATE)[-1]
+
+
+def test_of_a_limiter_all_figures_are_shown_that_its_server_tells() -> None:
+    facts = Watch(Limiter(5, name="web")).facts()
+    lines = top.lines({**STATE, "limiters": [facts]})
+    assert lines[:4] == [
+        "web",
+        f"  served   [{'.' * 30}] 0 of 5",
+        f"  waiting  [{'.' * 30}] 0 no limit",
+        "  now      longest wait: 0.00 s  exempt now: 0  in the kernel's backlog: unknown",
+    ]
+    assert lines[5].startswith("  so far   accepted: 0  served so far: 0  finished: 0  ")
+    assert max(map(len, lines)) <= 100
+    del facts["waits"], facts["backlog"]
+    older = "\n".join(top.lines({**STATE, "limiters": [facts]}))
+    assert "served after a wait" not in older
+    assert "slots reclaimed: 0" in older
+
+
+def test_the_refused_are_told_by_reason() -> None:
+    facts = Watch(Limiter(5)).facts()
+    facts["refused"].update(full=3, timeout=2)
+    assert "refused: 3 full, 2 timeout" in "\n".join(top.lines({**STATE, "limiters": [facts]}))

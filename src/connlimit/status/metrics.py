@@ -43,6 +43,10 @@ class LimiterCollector(Collector):
     """
 
     def __init__(self, watches: Iterable[Watch], reactor_lag: float | None = None) -> None:
+        """
+        :param watches: one for each limiter; it counts the waits from when it is made.
+        :param reactor_lag: how late the reactor is, in seconds, if that is known.
+        """
         self._watches = list(watches)
         self._reactor_lag = reactor_lag
 

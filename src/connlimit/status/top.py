@@ -17,7 +17,7 @@ from urllib.error import HTTPError
 from urllib.request import urlopen
 
 from connlimit._system.version import __version__
-from connlimit.interfaces import COUNTER, FIGURES, FLAG, GAUGE, MAXIMUM
+from connlimit.interfaces import COUNTER, FIGURES, FLAG, GAUGE, MAXIMUM, Figure
 
 _BAR = 30
 _WIDTH = 100
@@ -107,19 +107,19 @@ def lines(state: dict[str, Any]) -> list[str]:
     """
     shown = []
     for limiter in state["limiters"]:
-        flags = [figure.title for name, figure in FIGURES.items() if figure.kind == FLAG and limiter[name]]
+        # A server of another version may tell of others.
+        figures = {name: figure for name, figure in FIGURES.items() if name in limiter}
+        flags = [figure.title for name, figure in figures.items() if figure.kind == FLAG and limiter[name]]
         shown.append(_printable(limiter["name"]) + "".join(f" ({flag})" for flag in flags))
-        for name, figure in FIGURES.items():
+        for name, figure in figures.items():
             if figure.setting:
-                shown.append(_bar(figure.title, limiter[name], limiter[figure.setting]))
-        now = [
-            name for name, figure in FIGURES.items() if figure.kind in (GAUGE, MAXIMUM) and not figure.setting
-        ]
-        waits = [f"{name} {value:.2f} s" for name, value in limiter["percentiles"].items()]
-        shown += _wrapped("now", [_told(name, limiter[name]) for name in now])
-        shown += _wrapped("waits", waits)
-        so_far = [name for name, figure in FIGURES.items() if figure.kind == COUNTER]
-        shown += _wrapped("so far", [_told(name, limiter[name]) for name in so_far])
+                shown.append(_bar(figure.title, limiter[name], limiter.get(figure.setting)))
+        told = {name: _told(figure, limiter[name]) for name, figure in figures.items()}
+        now = [name for name, each in figures.items() if each.kind in (GAUGE, MAXIMUM) and not each.setting]
+        so_far = [name for name, figure in figures.items() if figure.kind == COUNTER]
+        shown += _wrapped("now", [told[name] for name in now])
+        shown += _wrapped("waits", [f"{p} {value:.2f} s" for p, value in limiter["percentiles"].items()])
+        shown += _wrapped("so far", [told[name] for name in so_far])
         for peer in limiter.get("peers", [])[:5]:
             shown.append(
                 f"  peer     {_printable(peer['peer']):40} {peer['active']} served  {peer['waiting']} waiting"
@@ -134,11 +134,10 @@ def lines(state: dict[str, Any]) -> list[str]:
     return shown
 
 
-def _told(name: str, value: Any) -> str:
+def _told(figure: Figure, value: Any) -> str:
     """
     A figure in words.
     """
-    figure = FIGURES[name]
     if figure.label:
         counts = ", ".join(f"{count} {_printable(each)}" for each, count in value.items() if count)
         return f"{figure.title}: {counts or 'none'}"
