@@ -11,9 +11,12 @@ import attrs
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support.limiters import LimiterTestCase
+from support.logs import Log
 from zope.interface.verify import verifyObject
 
 from connlimit._limiter.queue import Adaptive, Fair, Fifo, Lifo, Queue
+from connlimit._limiter.settings import Settings
 from connlimit.interfaces import IQueue
 
 
@@ -304,3 +307,130 @@ def test_those_who_have_waited_longest_are_found_wherever_they_stand(
             line.remove(list(line)[leaves])
     assert line.first(wanted) == list(line)[:wanted]
     assert sorted(line.everybody(), key=line.arrival) == list(line)
+
+
+class OrderTests(LimiterTestCase):
+    """
+    Whose turn it is.
+    """
+
+    def turns(self, order: object, hosts: list[str]) -> list[int]:
+        self.limited(0, order=order)
+        for host in hosts:
+            self.connect(1, host=host)
+            self.clock.advance(0.1)
+        for room in range(1, len(hosts) + 1):
+            self.limiter.max_connections = room
+            self.turn()
+        return self.served()
+
+    def test_fifo_serves_the_oldest_first(self) -> None:
+        self.assertEqual(self.turns("fifo", ["10.0.0.1"] * 4), [0, 1, 2, 3])
+
+    def test_lifo_serves_the_newest_first(self) -> None:
+        self.assertEqual(self.turns("lifo", ["10.0.0.1"] * 4), [3, 2, 1, 0])
+
+    def test_fair_gives_each_peer_its_turn(self) -> None:
+        hosts = ["10.0.0.1", "10.0.0.1", "10.0.0.1", "10.0.0.2", "10.0.0.3", "10.0.0.2"]
+        self.assertEqual(self.turns("fair", hosts), [0, 3, 4, 1, 5, 2])
+
+    def test_an_order_of_ones_own_is_made_of_the_settings_and_the_peers(self) -> None:
+        made = []
+
+        def order(settings: Settings, peer: object) -> Fair:
+            made.append(settings)
+            return Fair(peer)
+
+        hosts = ["10.0.0.1", "10.0.0.1", "10.0.0.2"]
+        self.assertEqual(self.turns(order, hosts), [0, 2, 1])
+        self.assertEqual(made[0].max_connections, 0)
+        self.assertTrue(self.limiter.admission.needs_peers)
+        self.assertRaises(TypeError, self.limiter.reconfigure, order=5)
+        self.assertRaises(ValueError, self.limiter.reconfigure, order="nearest")
+
+    def test_adaptive_serves_the_newest_and_refuses_the_oldest_when_it_is_overloaded(self) -> None:
+        self.limited(1, order="adaptive", adaptive_target=1, adaptive_interval=5)
+        active = self.connect()[0]
+        self.connect(3)
+        self.clock.advance(5.5)
+        self.connect(2)
+        self.clock.advance(0.4)
+        self.assert_counts(waiting=5, refused={})
+        self.clock.advance(0.1)
+        self.turn()
+        self.assert_counts(waiting=2, refused={"timeout": 3})
+        self.close(active)
+        self.assertEqual(self.served(), [0, 5])
+
+    def test_those_who_wait_stay_and_keep_their_times_when_the_order_is_switched(self) -> None:
+        self.limited(1, wait_timeout=10)
+        active = self.connect()[0]
+        self.connect()
+        self.clock.advance(4)
+        self.connect(2)
+        self.limiter.order = "lifo"
+        self.assert_counts(waiting=3)
+        self.assertEqual(self.limiter.snapshot().longest_wait, 4)
+        self.close(active)
+        self.assertEqual(self.served(), [0, 3])
+        self.clock.advance(6)
+        self.turn()
+        self.assert_counts(waiting=1, refused={"timeout": 1})
+
+
+class FailingOrderTests(LimiterTestCase):
+    """
+    An order of one's own that fails.
+    """
+
+    def limited_by(self, **methods: object) -> None:
+        order = type("Order", (Fifo,), dict(methods))
+        self.limited(1, order=lambda settings, peer: order(), wait_timeout=30)
+
+    def assert_first_come_first_served(self) -> None:
+        self.connect(4)
+        for number in range(4):
+            self.assertEqual(self.served(), list(range(number + 1)))
+            self.close(self.clients[number])
+        self.assert_counts(active=0, waiting=0, finished=4)
+        self.assertTrue(self.flushLoggedErrors(ZeroDivisionError))
+
+    def test_whatever_it_fails_at_it_is_first_come_first_served_then(self) -> None:
+        for method in ("add", "remove", "next", "expires", "has_expired"):
+            with self.subTest(method):
+                self.limited_by(**{method: lambda self, *arguments: 1 / 0})
+                if method == "has_expired":
+                    self.connect(1)
+                    self.connect(1)
+                    self.clock.advance(30)
+                    self.turn()
+                    self.assert_counts(active=1, waiting=0, refused={"timeout": 1})
+                    self.assertTrue(self.flushLoggedErrors(ZeroDivisionError))
+                else:
+                    self.assert_first_come_first_served()
+
+    def test_one_that_names_somebody_who_does_not_wait_is_asked_no_more(self) -> None:
+        with Log() as log:
+            self.limited_by(next=lambda self, now: "nobody")
+            self.connect(3)
+            self.close(self.clients[0])
+            self.close(self.clients[1])
+        self.assertEqual(self.served(), [0, 1, 2])
+        self.assertEqual(sum("who does not wait" in text for text in log.texts()), 1)
+
+    def test_one_that_cannot_be_made_changes_nothing(self) -> None:
+        limiter = self.limited(1)
+        self.connect(2)
+        with pytest.raises(ZeroDivisionError):
+            limiter.reconfigure(order=lambda settings, peer: 1 / 0, max_connections=5)
+        self.assertEqual((limiter.order, limiter.max_connections), ("fifo", 1))
+        self.assert_counts(active=1, waiting=1)
+
+    def test_one_that_is_always_overdue_does_not_keep_the_reactor_busy(self) -> None:
+        self.limited_by(expires=lambda self: 0.0)
+        looks = []
+        self.connect(2)
+        expired = self.limiter.admission.queue.expired
+        self.limiter.admission.queue.expired = lambda now: looks.append(now) or expired(now)
+        self.clock.pump([0.001] * 1000)
+        self.assertLess(len(looks), 150)

@@ -4,10 +4,12 @@ A limiter and its clients, without sockets.
 
 from __future__ import annotations
 
+from twisted.internet.address import IPv4Address
 from twisted.internet.task import Clock
 from twisted.trial.unittest import SynchronousTestCase
 
 from connlimit import Limiter, LimitingFactory
+from connlimit._limiter.slots import NullConnection
 from support.fakes import FakeConnection, RecordingFactory
 
 
@@ -64,3 +66,49 @@ class LimiterTestCase(SynchronousTestCase):
             + snapshot.departed
             + sum(snapshot.refused.values()),
         )
+
+
+class Socket(NullConnection):
+    """
+    A connection with a socket of which the kernel tells.
+    """
+
+    def __init__(self, number: int, host: str = "127.0.0.1") -> None:
+        super().__init__(IPv4Address("TCP", host, number))
+        self.idle_for: float | None = 0.0
+        self.dead = self.closed = False
+
+    def idle(self) -> float | None:
+        return self.idle_for
+
+    def is_dead(self) -> bool:
+        return self.dead
+
+    def close(self) -> None:
+        self.closed = True
+
+
+class SocketsTestCase(SynchronousTestCase):
+    """
+    A limiter, and connections without protocols that have sockets.
+    """
+
+    def limited(self, *args: object, **settings: object) -> Limiter:
+        self.clock = Clock()
+        self.limiter = Limiter(*args, clock=self.clock, **settings)
+        self.sockets: list[Socket] = []
+        return self.limiter
+
+    def connect(self, count: int = 1, host: str = "127.0.0.1") -> list[Socket]:
+        new = [Socket(len(self.sockets) + number, host) for number in range(count)]
+        self.sockets += new
+        for each in new:
+            if (
+                not self.limiter.admission.serve_at_once(each)
+                and self.limiter.admission.may_wait(each) is None
+            ):
+                self.limiter.admission.wait(each)
+        return new
+
+    def closed(self) -> list[int]:
+        return [number for number, each in enumerate(self.sockets) if each.closed]

@@ -232,7 +232,7 @@ class Setting(Generic[T]):
         self._name = name
         metadata = FIELDS[name].metadata
         unit = f" ({metadata['unit']})" if metadata["unit"] else ""
-        self.__doc__ = f"{metadata['help'].capitalize()}{unit}."
+        self.__doc__ = f"{metadata['help'][0].upper()}{metadata['help'][1:]}{unit}."
 
     @overload
     def __get__(self, instance: None, owner: type) -> Setting[T]: ...
