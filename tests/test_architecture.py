@@ -5,6 +5,7 @@ The house is as its picture shows it.
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -55,6 +56,15 @@ def imports(node: ast.AST) -> Iterator[str]:
             assert child.level == 0
             yield from (f"{child.module}.{each.name}" for each in child.names)
         yield from imports(child)
+
+
+def test_every_logger_has_a_public_name() -> None:
+    for name, tree in MODULES.items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "Logger":
+                given = [each.value.value for each in node.keywords if each.arg == "namespace"]
+                assert given, f"{name} logs by the name of a module"
+                assert re.fullmatch(r"connlimit(\.[a-z]+)+", given[0]), given[0]
 
 
 def test_every_import_goes_down() -> None:

@@ -276,7 +276,7 @@ def test_events_can_be_written_as_json() -> None:
     try:
         for line in process.stdout:
             event = json.loads(line.strip(b"\x1e"))
-            if event["log_namespace"] == "connlimit._twistd.program":
+            if event["log_namespace"] == "connlimit.program":
                 break
         assert "served at once" in event["log_flattened"]["budget!s:"]
         process.send_signal(signal.SIGTERM)

@@ -158,29 +158,58 @@ class FileKeysDirective(SphinxDirective):
 
 class LogEventsDirective(SphinxDirective):
     """
-    Everything that is logged: the level and the format of each event, by where it comes from.
+    Everything that is logged: the logger, the level and the format of each event.
     """
 
     def run(self) -> list[nodes.Node]:
-        rows = [("Namespace", "Level", "Event")]
-        source = Path(connlimit.__file__).parent
-        for file in sorted(source.rglob("*.py")):
-            module = ".".join(("connlimit", *file.relative_to(source).with_suffix("").parts))
-            rows += [(f"``{module}``", level, f"``{text}``") for level, text in _logged(file)]
+        rows = [("Logger", "Level", "Event")]
+        rows += [(f"``{logger}``", level, f"``{text}``") for logger, level, text in log_events()]
         return self.parse_text_to_nodes(_table("20 12 68", rows))
 
 
-def _logged(file: Path) -> Iterator[tuple[str, str]]:
-    for node in ast.walk(ast.parse(file.read_text())):
-        if (
-            isinstance(node, ast.Call)
-            and isinstance(node.func, ast.Attribute)
-            and ast.unparse(node.func.value) in ("_log", "self._log")
-            and node.args
-            and isinstance(node.args[0], ast.Constant)
-        ):
-            level = {"failure": "critical"}.get(node.func.attr, node.func.attr)
-            yield level, node.args[0].value
+_LEVELS = {"debug": "debug", "info": "info", "warn": "warn", "error": "error", "failure": "critical"}
+
+
+def log_events() -> list[tuple[str, str, str]]:
+    """
+    The logger, the level and the format of each event, by their loggers.
+    """
+    source = Path(connlimit.__file__).parent
+    events = []
+    for file in sorted(source.rglob("*.py")):
+        tree = ast.parse(file.read_text())
+        constants = {
+            ast.unparse(each.targets[0]): each.value for each in tree.body if isinstance(each, ast.Assign)
+        }
+        # What has no logger of its own is given that of its room; what bounds any log, any.
+        room = "any" if file.name == "bounded_log.py" else _room(file.relative_to(source))
+        events += _logged(tree, room, constants)
+    return sorted(set(events))
+
+
+def _room(file: Path) -> str:
+    return f"connlimit.{file.parts[0].lstrip('_').removesuffix('.py')}"
+
+
+def _logged(node: ast.AST, logger: str, constants: dict[str, ast.expr]) -> Iterator[tuple[str, str, str]]:
+    found = re.search(r"Logger\(namespace='([\w.]+)'\)", "\n".join(map(ast.unparse, node.body)))
+    logger = found[1] if found else logger
+    for child in node.body:
+        if isinstance(child, ast.ClassDef):
+            yield from _logged(child, logger, constants)
+            continue
+        for call in ast.walk(child):
+            if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Attribute):
+                continue
+            if ast.unparse(call.func.value).endswith("log"):
+                level = _LEVELS.get(call.func.attr)
+                formats = call.args[:1]
+                if call.func.attr == "over":
+                    level, formats = "info", call.args[1:2]
+                for each in formats if level else ():
+                    text = constants.get(ast.unparse(each), each)
+                    if isinstance(text, ast.Constant):
+                        yield logger, level, text.value
 
 
 class HouseDirective(SphinxDirective):

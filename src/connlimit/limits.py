@@ -25,7 +25,7 @@ class _Announcing:
     """
 
     def __init__(self) -> None:
-        self._log = BoundedLog(Logger())
+        self._log = BoundedLog(Logger(namespace="connlimit.limiter"))
         self._subscribers: list[Callable[[], None]] = []
 
     def subscribe(self, callback: Callable[[], None]) -> None:
@@ -358,7 +358,7 @@ class All:
     failed = False
 
     def __init__(self, limits: Sequence[ILimit]) -> None:
-        self._log = BoundedLog(Logger())
+        self._log = BoundedLog(Logger(namespace="connlimit.limiter"))
         self.limits = tuple(limits)
         # Bound once, since each connection asks all of them.
         self._acquires = tuple(limit.try_acquire for limit in limits)

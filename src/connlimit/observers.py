@@ -100,7 +100,7 @@ class LimiterLog(LimiterObserver):
     summed up in one line a minute. Each limiter has one of these, unless its setting ``log`` is False.
     """
 
-    _log = Logger()
+    _log = Logger(namespace="connlimit.limiter")
 
     def __init__(self) -> None:
         self._story: _Story | None = None
@@ -278,7 +278,7 @@ class ConnectionLog(LimiterObserver):
     Logs what happens to each connection, at the level debug, since twistd's own log has all levels.
     """
 
-    _log = Logger()
+    _log = Logger(namespace="connlimit.connection")
 
     def waiting(self, limiter: ILimiter, connection: IConnection) -> None:
         """

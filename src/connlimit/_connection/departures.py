@@ -159,7 +159,7 @@ class Looks:
 
     def __init__(self, reactor: Any) -> None:
         self._reactor = reactor
-        self._log = BoundedLog(Logger(), reactor)
+        self._log = BoundedLog(Logger(namespace="connlimit.connection"), reactor)
         self._watched: dict[int, Watched] = {}
         self._timer: Any = None
 
@@ -208,7 +208,7 @@ class Departures:
 
     def __init__(self, reactor: Any, kernel: _Kernel) -> None:
         self._reactor = reactor
-        self._log = BoundedLog(Logger(), reactor)
+        self._log = BoundedLog(Logger(namespace="connlimit.connection"), reactor)
         self._kernel = kernel
         # By descriptor. The kernel gives out the lowest numbers, so a list is the smallest map.
         self._watched: list[Watched | None] = []

@@ -60,7 +60,7 @@ class LimitingFactory:
             raise TypeError(f"wrappedFactory must provide IProtocolFactory, not {wrappedFactory!r}")
         if not isinstance(limiter, Limiter):
             raise TypeError(f"limiter must be a Limiter, not {limiter!r}")
-        self.connection_log = BoundedLog(Logger())
+        self.connection_log = BoundedLog(Logger(namespace="connlimit.connection"))
         self.wrappedFactory = wrappedFactory
         self.limiter = limiter
         self._last_provided = None

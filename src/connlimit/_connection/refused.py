@@ -21,7 +21,7 @@ from connlimit._system.sockets import abort, lowest, unsent
 from connlimit.interfaces import DESCRIPTORS, IRefusing
 from connlimit.refusals import LINGER
 
-_log = BoundedLog(Logger())
+_log = BoundedLog(Logger(namespace="connlimit.connection"))
 
 #: Seconds of silence after which a client has been told, once all has arrived there.
 QUIET = 1.0

@@ -28,7 +28,7 @@ class Drain(LimiterObserver):
     They are held weakly: one that its application has forgotten must be free to be collected.
     """
 
-    _log = Logger()
+    _log = Logger(namespace="connlimit.limiter")
 
     def __init__(
         self, limiter: ILimiter, remaining: Iterable[IConnection], refusals: Iterable[IRefusing]

@@ -32,7 +32,7 @@ class DryRun(LimiterObserver):
     The connections arrive and end when they really do; so who would have waited still ends at its time.
     """
 
-    _log = Logger()
+    _log = Logger(namespace="connlimit.limiter")
 
     def __init__(self, limiter: ILimiter, shadow: Any) -> None:
         """

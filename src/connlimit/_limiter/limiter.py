@@ -129,7 +129,7 @@ class Limiter:
             raise TypeError(f"{wrong} is not a setting; {hint}")
         settings = Settings().evolve(given)
         time: IReactorTime = ReactorClock() if clock is None else clock_of(_checked_clock(clock))
-        bounded_log = BoundedLog(Logger(), time)
+        bounded_log = BoundedLog(Logger(namespace="connlimit.limiter"), time)
         self._audience = Audience(self, observers, bounded_log)
         self._log_observer: LimiterLog | None = None
         self.admission = Admission(settings, limits, time, self._audience, bounded_log)

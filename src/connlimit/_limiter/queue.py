@@ -151,7 +151,7 @@ class Guarded(Fifo):
     logged, it is asked no more, and from then on it is first come, first served.
     """
 
-    _log = Logger()
+    _log = Logger(namespace="connlimit.limiter")
     needs_peers = True  # for all that we know
 
     def __init__(self, order: IQueue) -> None:

@@ -16,7 +16,6 @@ from twisted.internet.interfaces import (
     IReadDescriptor,
     IStreamServerEndpoint,
 )
-from twisted.logger import Logger
 from zope.interface import implementer
 
 from connlimit._limiter.limiter import Limiter
@@ -153,8 +152,6 @@ class _StoppingPort(_Port, LimiterObserver):
     """
     A port that stops accepting when there is no place for one more, and goes on by itself.
     """
-
-    _log = Logger()
 
     def __init__(self, limiter: Limiter, port: Any) -> None:
         super().__init__(port)

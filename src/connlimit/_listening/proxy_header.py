@@ -87,7 +87,7 @@ class _HeaderFactory(Factory):
     def __init__(self, wrappedFactory: IProtocolFactory, clock: Any) -> None:
         self.wrappedFactory = wrappedFactory
         self.clock = clock
-        self.log = BoundedLog(Logger(), clock)
+        self.log = BoundedLog(Logger(namespace="connlimit.listening"), clock)
 
     def buildProtocol(self, addr: IAddress | None) -> Any:
         return _AwaitHeader(self)
@@ -113,6 +113,7 @@ class _AwaitHeader(Protocol):
 
     def __init__(self, factory: _HeaderFactory) -> None:
         self.factory = factory
+        self._log = factory.log
         self._timer: IDelayedCall | None = None
         self._has_come = False
 
@@ -122,7 +123,10 @@ class _AwaitHeader(Protocol):
         self._read_header = self.transport.dataReceived
         self.transport.dataReceived = self._deliver
         if not _awaited.add(self, _balancer(self.transport.getPeer())):
-            self._close("{peer} is closed: too many are sending PROXY headers already")
+            self._log.info(
+                "{peer} is closed: too many are sending PROXY headers already", peer=self.transport.getPeer()
+            )
+            self._close()
             return
         self._timer = self.factory.clock.callLater(HEADER_TIMEOUT, self._give_up)
 
@@ -139,7 +143,7 @@ class _AwaitHeader(Protocol):
             transport.loseConnection()
         if not self._has_come and transport.disconnecting:
             self._over()
-            self._log("{peer} is closed: what it sent is no PROXY header")
+            self._log.info("{peer} is closed: what it sent is no PROXY header", peer=transport.getPeer())
 
     def dataReceived(self, data: bytes) -> None:
         transport = self.transport
@@ -172,21 +176,22 @@ class _AwaitHeader(Protocol):
         """
         End, since the header has not come and others need the place.
         """
-        self._close("{peer} is closed: its PROXY header has not come, and others need its place")
+        self._log.info(
+            "{peer} is closed: its PROXY header has not come, and others need its place",
+            peer=self.transport.getPeer(),
+        )
+        self._close()
 
     def _give_up(self) -> None:
         self._timer = None
-        self._close("{peer} is closed: its PROXY header did not come")
+        self._log.info("{peer} is closed: its PROXY header did not come", peer=self.transport.getPeer())
+        self._close()
 
-    def _close(self, why: str) -> None:
+    def _close(self) -> None:
         # At once: a port accepts many in one turn of the reactor.
         self._over()
-        self._log(why)
         if not sockets.end_at_once(self.transport):
             self.transport.abortConnection()
-
-    def _log(self, what: str) -> None:
-        self.factory.log.info(what, peer=self.transport.getPeer())
 
     def _over(self) -> None:
         """

@@ -194,7 +194,7 @@ class Link:
     :ivar connection: the number of the connection for questions.
     """
 
-    _log = Logger()
+    _log = Logger(namespace="connlimit.redis")
 
     @classmethod
     def to(cls, address: RedisAddress, reactor: Any) -> Link:

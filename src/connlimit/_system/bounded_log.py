@@ -46,7 +46,7 @@ class BoundedLog:
     """
     Logs events that a client can bring about, a few lines a minute at most.
 
-    Stands for a `Logger`: ``_log = BoundedLog(Logger())``. The kind of an event is its format, so what
+    Stands for a `Logger`: ``BoundedLog(Logger(namespace=...))``. The kind of an event is its format, so what
     differs from one to the next belongs in its facts. The first of a kind is logged as it is. Those that
     follow are counted; the count is logged once a minute, with the last as the example, and, when a minute
     has passed without any, that it is over. If something tells that sooner, call `over`.

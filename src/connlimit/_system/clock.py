@@ -193,7 +193,7 @@ class _Timers:
     The timers of one reactor.
     """
 
-    _log = Logger()
+    _log = Logger(namespace="connlimit.clock")
 
     def __init__(self, reactor: Any) -> None:
         self._reactor = reactor

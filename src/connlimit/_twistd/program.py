@@ -20,7 +20,7 @@ from connlimit.interfaces import ILimiter
 from connlimit.observers import ConnectionLog, LimiterLog
 from connlimit.shared.by_url import close
 
-_log = Logger()
+_log = Logger(namespace="connlimit.program")
 
 _STATUS_INTERVAL = 5.0  # seconds
 

@@ -209,7 +209,7 @@ class ConfiguredProgram(Program):
     opened, a status page or what was open before, is tried again every second.
     """
 
-    _log = Logger()
+    _log = Logger(namespace="connlimit.reload")
 
     def __init__(
         self,

@@ -22,7 +22,7 @@ from connlimit._listening.ports import WatchedEndpoint
 from connlimit._twistd.config_file import ServiceConfig
 from connlimit._twistd.processes.role import Alone
 
-_log = Logger()
+_log = Logger(namespace="connlimit.program")
 
 #: Seconds that a service may take to stop before the program goes on without it.
 STOP_TIMEOUT = 10.0

@@ -64,7 +64,7 @@ class Requests:
     :ivar url: that of the server, without what it is asked with.
     """
 
-    _log = Logger()
+    _log = Logger(namespace="connlimit.semaphores")
 
     def __init__(self, url: str, headers: Mapping[str, str], reactor: Any) -> None:
         """

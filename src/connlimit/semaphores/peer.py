@@ -30,7 +30,7 @@ _BLOCK_FOR = 2.0
 #: Seconds after which the server forgets a peer that holds nothing yet.
 _ASKING_EXPIRES_IN = 5.0
 
-_log = Logger()
+_log = Logger(namespace="connlimit.semaphores")
 
 
 class Peer:

@@ -23,7 +23,7 @@ FIRST_RETRY, LAST_RETRY = 0.1, 5.0
 #: Seconds in which the server can still be told something at the end.
 _LAST_WORDS = 2.0
 
-_log = Logger()
+_log = Logger(namespace="connlimit.semaphores")
 
 
 class Session:

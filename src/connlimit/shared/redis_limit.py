@@ -92,7 +92,7 @@ class RedisLimit:
     :ivar outlived: how many connections of this process have outlived their lease until now.
     """
 
-    _log = Logger()
+    _log = Logger(namespace="connlimit.redis")
 
     def __init__(
         self,

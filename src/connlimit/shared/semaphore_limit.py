@@ -76,7 +76,7 @@ class ThrottleLimit:
         self._is_refused = False
         self._timer: IDelayedCall | None = None
         self._closed = False
-        self._log = BoundedLog(Logger(), reactor)
+        self._log = BoundedLog(Logger(namespace="connlimit.semaphores"), reactor)
 
     @property
     def in_use(self) -> int:

@@ -30,7 +30,7 @@ class Followers:
     All who follow the page.
     """
 
-    _log = Logger()
+    _log = Logger(namespace="connlimit.status")
 
     def __init__(self, make: Callable[[str, bool], Deferred[bytes]]) -> None:
         """

@@ -98,7 +98,7 @@ class _SharedPage:
     The page of all endpoint strings that name the same place.
     """
 
-    _log = Logger()
+    _log = Logger(namespace="connlimit.status")
 
     def __init__(self, where: str, reactor: Any) -> None:
         self._where = where

@@ -60,7 +60,7 @@ class Root(Resource):
     """
 
     isLeaf = True
-    _log = BoundedLog(Logger())
+    _log = BoundedLog(Logger(namespace="connlimit.status"))
 
     def __init__(self, shown: Shown, followers: Followers, show_peers: bool, hosts: frozenset[str]) -> None:
         """

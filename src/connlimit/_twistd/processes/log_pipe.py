@@ -15,7 +15,7 @@ from twisted.python.failure import Failure
 from twisted.python.reflect import safe_str
 from zope.interface import implementer
 
-_log = Logger()
+_log = Logger(namespace="connlimit.workers")
 
 #: How many bytes are kept for a parent that does not read.
 MOST_BYTES = 1 << 20

@@ -37,7 +37,7 @@ from connlimit._twistd.processes.log_pipe import of_line
 from connlimit._twistd.processes.reports import PooledLimiter
 from connlimit._twistd.processes.role import Alone, IRunning
 
-_log = Logger()
+_log = Logger(namespace="connlimit.workers")
 
 #: Seconds until a worker that died is started again: at first, and at most if it dies again and again.
 _FIRST_DELAY, _MOST_DELAY = 0.1, 10.0

@@ -29,7 +29,7 @@ from connlimit._twistd.processes.role import Alone, IRunning
 #: Makes the program of a worker: of what the parent tells, and of the part that it plays.
 MakeProgram = Callable[[commands.Assignment, "Worker"], IRunning]
 
-_log = Logger()
+_log = Logger(namespace="connlimit.workers")
 
 #: Seconds, at most, between two attempts to run what the parent runs.
 _MOST_DELAY = 60.0

@@ -38,7 +38,7 @@ class SemaphoreProgram(Program):
     Serves semaphores; SIGHUP reads their file again.
     """
 
-    _log = Logger()
+    _log = Logger(namespace="connlimit.semaphores.server")
 
     def __init__(
         self,

@@ -133,7 +133,7 @@ class _Page(Element):
 
 class _SlowPage(Resource):
     isLeaf = True
-    _log = Logger()
+    _log = Logger(namespace="connlimit.demonstration")
 
     def __init__(self, limiter: Limiter, clock: IReactorTime, status: str | None) -> None:
         super().__init__()

@@ -72,7 +72,7 @@ class RelayFactory(Factory):
         self.options = RelayOptions() if options is None else options
         self.lingering = 0
         self._has_stopped = False
-        self.log = BoundedLog(Logger(), clock)
+        self.log = BoundedLog(Logger(namespace="connlimit.relay"), clock)
         self.times = Times(clock)
 
     def startFactory(self) -> None:

@@ -152,7 +152,7 @@ class HttpConnection(Protocol):
     transport: Any
     expected: str | None = None
     since = listed = 0.0
-    _log = BoundedLog(Logger())
+    _log = BoundedLog(Logger(namespace="connlimit.semaphores.server"))
 
     # The request that is being read, when its head is there; how much was read of it, and of its body.
     _reading: Request | None = None

@@ -112,7 +112,7 @@ class RedisStore:
         log, draft = f"{_PREFIX}:log", f"{_PREFIX}:draft:{self._member}"
         self._script = Script(_SCRIPT, [log, f"{_PREFIX}:state", f"{_PREFIX}:about", draft])
         self._redis = Redis(self._address, reactor, log, self._hear, _LONGEST)
-        self._log = BoundedLog(Logger(), self._clock)
+        self._log = BoundedLog(Logger(namespace="connlimit.semaphores.server"), self._clock)
         # What is known here: the first so many operations of a history, and how the last of them begins.
         self._history, self._seen, self._mark = "", 0, ""
         # The time of the last of them, in ms, and when it was seen by the monotonic clock.

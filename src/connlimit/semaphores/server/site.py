@@ -67,7 +67,7 @@ class SemaphoreSite(HttpFactory):
     Serves the semaphores of a store.
     """
 
-    _log = BoundedLog(Logger())
+    _log = BoundedLog(Logger(namespace="connlimit.semaphores.server"))
 
     def __init__(self, store: IStore, clock: IReactorTime) -> None:
         """
