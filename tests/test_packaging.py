@@ -205,7 +205,7 @@ def test_the_wheel_holds_the_package_and_the_plugin_and_nothing_else(built: Path
         file.relative_to(ROOT / "src").as_posix() for file in (ROOT / "src" / "connlimit").rglob("*.py")
     }
     assert names == package | {
-        "connlimit/_redis/lease.lua",
+        "connlimit/shared/lease.lua",
         "connlimit/_twistd/targets/demonstration.xml",
         "connlimit/py.typed",
         "connlimit/semaphores/server/log.lua",

@@ -4,7 +4,6 @@ Fixtures for what processes share.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 
 import pytest
@@ -16,12 +15,9 @@ def settled_redis(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> Redis:
     """
     A Redis that says that it has been up for long.
     """
-    from support.redis_limits import script
+    from support.redis_limits import redis_limit, script
 
-    from connlimit._redis import link
-
-    monkeypatch.setattr(link, "_SCRIPT", script())
-    monkeypatch.setattr(link, "_SHA", hashlib.sha1(script()).hexdigest().encode())
+    monkeypatch.setattr(redis_limit, "_SCRIPT", script().decode())
     return redis
 
 

@@ -24,7 +24,7 @@ from support.sockets import patiently
 link = pytest.importorskip("connlimit._redis.link")
 redis_limit = pytest.importorskip("connlimit.shared.redis_limit")
 
-LEASE = (Path(redis_limit.__file__).parents[1] / "_redis" / "lease.lua").read_bytes()
+LEASE = Path(redis_limit.__file__).with_name("lease.lua").read_bytes()
 
 #: What makes names of limits and members different.
 NUMBERS = itertools.count()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
+from functools import lru_cache
 from typing import Any
 
 import txredisapi  # type: ignore[import-untyped]
@@ -83,12 +84,11 @@ class Script:
     """
 
     def __init__(self, text: str, keys: Sequence[str]) -> None:
-        text_bytes = text.encode()
-        same = [b"%d" % len(keys), *(key.encode() for key in keys)]
-        digest = hashlib.sha1(text_bytes).hexdigest().encode()
-        self._words = 2 + len(same)
-        self._in_short = _words([b"EVALSHA", digest, *same])
-        self._in_full = _words([b"EVAL", text_bytes, *same])
+        # There can be thousands with the same text, which is of use once for each time that Redis is started.
+        self._text = text
+        self._same = [b"%d" % len(keys), *(key.encode() for key in keys)]
+        self._words = 2 + len(self._same)
+        self._in_short = _words([b"EVALSHA", _digest(text), *self._same])
 
     def command(self, arguments: Sequence[str], *, in_full: bool = False) -> bytes:
         """
@@ -96,8 +96,16 @@ class Script:
 
         :param in_full: whether it is sent itself, and not only its name, by which Redis knows it afterwards.
         """
-        start = self._in_full if in_full else self._in_short
+        start = _words([b"EVAL", self._text.encode(), *self._same]) if in_full else self._in_short
         return b"*%d\r\n%b%b" % (self._words + len(arguments), start, _words(map(str.encode, arguments)))
+
+
+@lru_cache(16)
+def _digest(text: str) -> bytes:
+    """
+    The name by which Redis knows a script.
+    """
+    return hashlib.sha1(text.encode()).hexdigest().encode()
 
 
 def _words(words: Iterable[bytes]) -> bytes:

@@ -8,13 +8,11 @@ is decided when it is sent, and so is how long the answer may take.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import random
 from collections import deque
 from collections.abc import Callable, Iterable
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -27,7 +25,7 @@ from twisted.python.failure import Failure
 from zope.interface import Attribute, Interface
 
 from connlimit._redis.address import RedisAddress
-from connlimit._redis.client import Asking, _Careful, describe, greet
+from connlimit._redis.client import Asking, Script, _Careful, describe, greet
 from connlimit._system.bounded_log import BoundedLog
 from connlimit._system.clock import clock_of
 from connlimit._system.since_boot import since_boot
@@ -37,9 +35,6 @@ PREFIX = "connlimit"
 
 #: The prefix of the channels on which processes hear whose turn it is.
 TURNS = f"{PREFIX}:turns:"
-
-_SCRIPT = Path(__file__).with_name("lease.lua").read_bytes()
-_SHA = hashlib.sha1(_SCRIPT).hexdigest().encode()
 
 #: How many questions are under way at the same time, at most.
 _MOST_ASKED = 64
@@ -76,10 +71,10 @@ class IAsker(Interface):
 
     member: str = Attribute("Its name, which begins with that of the link's process.")
     channel: str = Attribute("What it hears, once it has called `Link.hear`.")
-    keys: Any = Attribute("How many keys the script has, and the keys.")
+    script: Script = Attribute("The script that it asks, with its keys.")
     patience: float = Attribute("Seconds in which an answer should come.")
 
-    def question(same: int) -> bytes:
+    def question(same: int) -> str:
         """
         The argument of the script, at the moment it is sent.
 
@@ -221,7 +216,7 @@ class Link:
         self._askers: dict[str, Any] = {}
         self._waiting: deque[Any] = deque()
         # Who, when, what, and whether the script was sent with it.
-        self._asked: deque[tuple[Any, float, bytes, bool]] = deque()
+        self._asked: deque[tuple[Any, float, str, bool]] = deque()
         self._questions: Any = None
         self._connecting: Deferred[None] | None = None
         self._has_answered = False
@@ -356,16 +351,12 @@ class Link:
             except Exception:
                 self._failures_log.failure("{asker} failed", asker=asker)
                 continue
-            self._ask(asker, b"EVALSHA", _SHA, question)
+            self._ask(asker, question)
 
-    def _ask(self, asker: Any, command: bytes, script: bytes, question: bytes) -> None:
+    def _ask(self, asker: Any, question: str, *, in_full: bool = False) -> None:
         connection = self._questions
-        words = (command, script, *asker.keys, question)
-        lines = [b"*%d" % len(words)]
-        for word in words:
-            lines += [b"$%d" % len(word), word]
-        connection.transport.write(b"\r\n".join([*lines, b""]))
-        self._asked.append((asker, since_boot(), question, script is _SCRIPT))
+        connection.transport.write(asker.script.command([question], in_full=in_full))
+        self._asked.append((asker, since_boot(), question, in_full))
         connection.replyQueue.get().addCallback(self._answered, connection)
         if self._watching is None:
             self._watching = self._clock.callLater(_SLOW, self._watch, since_boot() + _SLOW)
@@ -379,7 +370,7 @@ class Link:
         self._is_slow = False
         text = str(answer) if isinstance(answer, Exception) else ""
         if text.startswith("NOSCRIPT") and not was_told:
-            self._ask(asker, b"EVAL", _SCRIPT, question)
+            self._ask(asker, question, in_full=True)
             return
         if text.startswith(_USELESS):
             self._broken(answer)

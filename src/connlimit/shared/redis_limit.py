@@ -29,6 +29,7 @@ import json
 import random
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from twisted.internet.defer import Deferred, succeed
@@ -38,7 +39,7 @@ from zope.interface import implementer
 
 from connlimit._limiter.values import COUNT, NAME, duration
 from connlimit._redis.address import RedisAddress, url_parameters
-from connlimit._redis.client import describe
+from connlimit._redis.client import Script, describe
 from connlimit._redis.link import PREFIX as PREFIX
 from connlimit._redis.link import TURNS, IAsker, Link
 from connlimit._system.bounded_log import BoundedLog
@@ -66,6 +67,8 @@ _MOST_SPARE = 64
 
 #: How many questions a second one process asks in order to find out whether others lack slots, at most.
 _MOST_POLLS = 200
+
+_SCRIPT = Path(__file__).with_name("lease.lua").read_text()
 
 #: The kinds of keys that a limit has.
 LEASE, SLOTS = "lease", "slots"
@@ -143,7 +146,7 @@ class RedisLimit:
         # What the link asks with.
         self.member = ""
         self.patience = max(0.5, min(2.0, self._ttl / 3))
-        self.keys = [b"2", *(key.encode() for key in keys_of(name))]
+        self.script = Script(_SCRIPT, keys_of(name))
         self.channel = _channel(name)
         # When the lease ends.
         self._ends = -1.0
@@ -290,7 +293,7 @@ class RedisLimit:
         self._link.join(self)
         self._link.ask(self)
 
-    def question(self, same: int) -> bytes:
+    def question(self, same: int) -> str:
         """
         See `IAsker.question`.
         """
@@ -319,7 +322,7 @@ class RedisLimit:
             outlived=self._untold,
         )
 
-    def _say(self, **facts: object) -> bytes:
+    def _say(self, **facts: object) -> str:
         question = {
             "member": self.member,
             "ttl": int(self._ttl * 1000),
@@ -333,9 +336,9 @@ class RedisLimit:
             "turns": TURNS,
             **facts,
         }
-        return json.dumps(question, separators=(",", ":")).encode()
+        return json.dumps(question, separators=(",", ":"))
 
-    def _farewell(self, same: int) -> bytes:
+    def _farewell(self, same: int) -> str:
         self._question += 1
         return self._say(in_use=0, kept=0, wanted=0, more=False, age=-1, same=True, outlived=0, leaves=True)
 
@@ -527,13 +530,13 @@ class _Farewell:
         self._limit = limit
         self.member = limit.member
         self.channel = limit.channel
-        self.keys = limit.keys
+        self.script = limit.script
         self.patience = 1.0
         self.done: Deferred[None] = Deferred()
         self._timer = clock.callLater(_PATIENCE, self._too_late)
         link.ask(self)
 
-    def question(self, same: int) -> bytes:
+    def question(self, same: int) -> str:
         if self._timer.active():
             self._timer.reset(self.patience)
         return self._limit._farewell(same)
