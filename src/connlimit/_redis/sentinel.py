@@ -1,5 +1,17 @@
 """
 Finds the primary of a Redis service by its sentinels.
+
+txredisapi has a ``Sentinel`` of its own, of which this uses nothing, since that
+
+- drops what the sentinels answer: a password that they refuse, or a service that they do not know, is ten
+  seconds of silence each time, and then "No master found" without a reason;
+- gives up for good a sentinel that refuses the password, and otherwise keeps a connection to every sentinel,
+  which it makes again without end, whether anything is asked or not;
+- hands out pools of its own, not an endpoint, so that what `connlimit._redis.client` sees to (bounds,
+  deadlines, reasons) would be lost with the primary, too;
+- counts its time by the reactor's clock, which can be set back or forth.
+
+As that does, this speaks plain TCP, to the sentinels and to the primary.
 """
 
 from __future__ import annotations
