@@ -12,6 +12,7 @@ from pathlib import Path
 from bench.cases import (
     burst,
     interfaces,
+    life,
     line,
     memory,
     overhead,
@@ -36,6 +37,7 @@ BENCHMARKS: dict[str, Callable[[bool], Iterator[Result]]] = {
     "overload": overload.run,
     "burst": burst.run,
     "start": start.run,
+    "life": life.run,
     "shared": shared.run,
     "workers": workers.run,
     "semaphores": semaphores.run,

@@ -38,7 +38,18 @@ def python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[s
 
 
 def test_each_benchmark_has_a_name() -> None:
-    modules = ("overhead", "interfaces", "proxies", "relay", "line", "memory", "overload", "burst", "start")
+    modules = (
+        "overhead",
+        "interfaces",
+        "proxies",
+        "relay",
+        "line",
+        "memory",
+        "overload",
+        "burst",
+        "start",
+        "life",
+    )
     assert ", ".join(modules) in " ".join(python("-m", "bench", "--help").stdout.split())
 
 
