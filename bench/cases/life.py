@@ -1,6 +1,7 @@
 """
-A connection's life in memory, without sockets: what a factory and its protocols cost, and nothing else; and what
-of that is the limiter's own.
+A connection's life in memory, without sockets: what a factory and its protocols cost, and nothing else.
+
+What of that is the limiter's own is a benchmark.
 
 As a program it lives so many lives and ends, for somebody who counts its instructions:
 python -m bench.cases.life WAY COUNT

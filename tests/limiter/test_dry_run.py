@@ -8,6 +8,8 @@ import attrs
 from support.limiters import LimiterTestCase
 from support.logs import Log
 
+from connlimit._system import descriptors
+
 
 class DryRunTests(LimiterTestCase):
     """
@@ -80,3 +82,12 @@ class DryRunTests(LimiterTestCase):
         self.assertEqual(self.limiter.snapshot().dry_run.waiting, 1)
         self.limiter.max_connections = 2
         self.assertEqual(self.limiter.snapshot().dry_run.waiting, 0)
+
+    def test_who_would_wait_although_descriptors_run_short_would_be_refused(self) -> None:
+        self.limited(1, dry_run=True)
+        self.connect(2)
+        self.patch(descriptors, "left_for_waiting", lambda kept: False)
+        self.connect()
+        self.assert_counts(active=3)
+        would = self.limiter.snapshot().dry_run
+        self.assertEqual((would.waiting, would.refused["descriptors"]), (1, 1))

@@ -4,6 +4,7 @@ The process's file descriptors, in a process of their own with few of them.
 
 from __future__ import annotations
 
+import socket
 import subprocess
 import sys
 
@@ -146,6 +147,49 @@ def test_a_short_table_is_looked_at_until_it_is_not_short_any_more(monkeypatch: 
     assert descriptors.is_short
     assert descriptors.left_for_waiting()
     assert not descriptors.is_short
+
+
+@pytest.fixture
+def hears_all(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """
+    A limit of 10,000 descriptors; the numbers of all that are opened are told. What was looked at is noted.
+    """
+    looks: list[int] = []
+
+    class Probe(socket.socket):
+        def __init__(self) -> None:
+            super().__init__()
+            looks.append(self.fileno())
+
+    monkeypatch.setattr(descriptors, "limit", lambda: 10_000)
+    monkeypatch.setattr(descriptors, "_hears_all", True)
+    monkeypatch.setattr(descriptors, "_last_seen", None)
+    monkeypatch.setattr(descriptors, "told_from", 0)
+    monkeypatch.setattr(descriptors.socket, "socket", Probe)
+    return looks
+
+
+def test_the_number_of_a_new_socket_tells_whether_it_may_wait(hears_all: list[int]) -> None:
+    for number in range(50, 1000):
+        descriptors.saw(number)
+        assert descriptors.left_for_waiting(100)
+    assert hears_all == []
+
+
+def test_before_one_is_turned_away_the_table_is_looked_at(hears_all: list[int]) -> None:
+    descriptors.saw(8_700)  # the reserve begins at 8,752
+    assert descriptors.left_for_waiting(100)  # those before it are gone
+    assert len(hears_all) == 1
+    assert descriptors.left_for_waiting(100)
+    assert len(hears_all) == 1
+
+
+def test_what_is_opened_for_those_who_are_served_counts_as_seen(hears_all: list[int]) -> None:
+    descriptors.saw(50)
+    assert descriptors.left_for_serving(8_000)
+    assert len(hears_all) == 1
+    assert descriptors.left_for_waiting(4_000)  # looked at again, since nothing was opened after all
+    assert len(hears_all) == 2
 
 
 def test_the_budget_of_a_limiter_knows_what_its_factories_open() -> None:

@@ -138,7 +138,7 @@ class DelegatingProtocol:  # type: ignore[misc]  # connectionMade is for makeCon
         self.transport = transport
         self.connected = 1
         fileno = getattr(transport, "fileno", None)
-        if fileno is not None and (number := fileno()) >= descriptors.reserve_begins:
+        if fileno is not None and (number := fileno()) >= descriptors.told_from:
             descriptors.saw(number)
         # Another protocol may take the transport over, and all its events; so the end is learnt from
         # the transport itself. Set on the instance and not wrapped around it: this is the real one.

@@ -25,6 +25,27 @@ _NOT_TRIED_OUT = {"dry_run", "exempt", "notice", "idle_timeout", "log"}
 SERVED_AT_ONCE = 0.99
 
 
+class _SameDescriptors:
+    """
+    The connections that are tried out have their descriptors already.
+    """
+
+    def __init__(self, limiter: Any) -> None:
+        self._limiter = limiter
+        self.is_tight = False
+        self.opens = 0
+
+    def may_serve(self) -> bool:
+        return True
+
+    def may_serve_exempt(self) -> bool:
+        return True
+
+    def may_wait(self, slots: float) -> bool:
+        may: bool = self._limiter.admission.budget.may_wait(0)
+        return may
+
+
 class DryRun(LimiterObserver):
     """
     Observes a limiter that serves everybody, and repeats what happens with its settings in force.
@@ -34,13 +55,14 @@ class DryRun(LimiterObserver):
 
     _log = Logger(namespace="connlimit.limiter")
 
-    def __init__(self, limiter: ILimiter, shadow: Any) -> None:
+    def __init__(self, limiter: Any, shadow: Any) -> None:
         """
         :param limiter: serves everybody.
         :param shadow: a limiter with the same settings that nobody else uses.
         """
         self._limiter = limiter
         self._shadow = shadow
+        shadow.admission.budget = _SameDescriptors(limiter)
         self._shadows: dict[ref[IConnection], NullConnection] = {}
         self._collected: list[ref[IConnection]] = []
         # How many connections found how many others active.

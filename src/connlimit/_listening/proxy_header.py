@@ -221,7 +221,7 @@ class _Awaited:
         :return: whether it may.
         """
         sock = sockets.socket_of(connection.transport)
-        if sock is not None and sock.fileno() >= descriptors.reserve_begins:
+        if sock is not None and sock.fileno() >= descriptors.told_from:
             descriptors.saw(sock.fileno())
         if not descriptors.HEADERS.has_room() and not self._make_room(balancer):
             return False

@@ -11,7 +11,9 @@ socket tells how full the table is. The last descriptors are a reserve of eight 
 * the last is taken by nothing of ours: it is for files, names, and whatever else the process opens.
 
 While there is room outside the reserve, nobody looks: those who see the number of a new socket say so if it
-lies in the reserve, and only then is each decision a look at the table.
+lies in the reserve, and only then is each decision a look at the table. Where descriptors are opened for
+those who are served, they say so of every one; its number decides, and before somebody is turned away the
+table is looked at, since descriptors may have been closed meanwhile.
 """
 
 from __future__ import annotations
@@ -36,14 +38,18 @@ except ImportError:  # Windows has neither the limit nor the module
 _SHARES = 8
 _SHARES_BEYOND_SERVING = 4
 
-#: The first number of the reserve, as far as we know: see `saw`.
-reserve_begins = sys.maxsize
+#: The first number that is to be told: see `saw`.
+told_from = sys.maxsize
 
 #: Whether the last number that was seen lay in the reserve.
 is_short = False
 
 # How many descriptors are about to be opened for connections that are served.
 _opening = 0
+
+# Whether every number is told, and the last that was taken, as far as we know.
+_hears_all = False
+_last_seen: int | None = None
 
 
 def limit() -> int | None:
@@ -103,8 +109,10 @@ def reserve(limit: int) -> int:
 
 def saw(number: int) -> None:
     """
-    A new descriptor has this number; call it at least if that is not below `reserve_begins`.
+    A new descriptor has this number; call it at least if that is not below `told_from`.
     """
+    global _last_seen
+    _last_seen = number
     most = _known_limit()
     _set_short(most is not None and number >= most - reserve(most))
 
@@ -128,10 +136,13 @@ def left_for_serving(opens: int = 0) -> bool:
     most = _known_limit()
     if most is None:
         return True
+    global _last_seen
     end = most - _SHARES_BEYOND_SERVING * share(most)
     needed = _opening + opens if opens else 0
-    if _lowest_free(most) + needed > end:
+    free = _lowest_free(most)
+    if free + needed > end:
         return False
+    _last_seen = free - 1 + needed  # with what is about to be opened
     if _opening <= share(most):
         return True
     # The lowest free number is below all that is free, but what is above it may be taken already.
@@ -150,7 +161,10 @@ def left_for_waiting(kept: float = 0) -> bool:
     if most is None or not (is_short or kept):
         return True
     end = most - reserve(most)
-    return _lowest_free(most) < end - min(kept, end // 2)
+    end -= int(min(kept, end // 2))
+    if not is_short and _hears_all and _last_seen is not None and _last_seen + 1 < end:
+        return True
+    return _lowest_free(most) < end
 
 
 def left_in_reserve() -> bool:
@@ -227,6 +241,8 @@ class Budget:
                 self.opens = max(self.opens, opens)
                 self.is_tight = is_short or self.opens > 0
             factory = vars(factory).get("wrappedFactory") if hasattr(factory, "__dict__") else None
+        if self.opens:
+            _hear_all()
 
     def may_serve(self) -> bool:
         """
@@ -251,6 +267,14 @@ class Budget:
 
 #: All there are, which are told when descriptors run short.
 _budgets: WeakSet[Budget] = WeakSet()
+
+
+def _hear_all() -> None:
+    """
+    Have every number told from now on.
+    """
+    global _hears_all, told_from
+    _hears_all, told_from = True, 0
 
 
 def counted(endpoint: IStreamClientEndpoint) -> IStreamClientEndpoint:
@@ -292,11 +316,12 @@ def _opened(result: Any) -> Any:
 
 def _known_limit() -> int | None:
     """
-    The limit; where the reserve begins is known afterwards.
+    The limit; which numbers are to be told is known afterwards.
     """
-    global reserve_begins
+    global told_from
     most = limit()
-    reserve_begins = sys.maxsize if most is None else most - reserve(most)
+    if not _hears_all:
+        told_from = sys.maxsize if most is None else most - reserve(most)
     return most
 
 
@@ -304,11 +329,13 @@ def _lowest_free(most: int) -> int:
     """
     The number that the next descriptor gets; the limit if there is none left.
     """
+    global _last_seen
     try:
         with socket.socket() as probe:
             number = probe.fileno()
     except OSError:
         number = most
+    _last_seen = number - 1
     _set_short(number >= most - reserve(most))
     return number
 
