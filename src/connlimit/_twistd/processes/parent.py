@@ -36,6 +36,7 @@ from connlimit._twistd.processes.lending import Lender
 from connlimit._twistd.processes.log_pipe import of_line
 from connlimit._twistd.processes.reports import PooledLimiter
 from connlimit._twistd.processes.role import Alone, IRunning
+from connlimit.status.service import Limited
 
 _log = Logger(namespace="connlimit.workers")
 
@@ -121,7 +122,7 @@ class Parent(Alone):
 
     # The part
 
-    def watched(self, program: IRunning) -> Any:
+    def watched(self, program: IRunning) -> Limited:
         """
         See `Alone.watched`.
         """

@@ -14,6 +14,7 @@ from twisted.application.service import IService
 from connlimit._limiter.limiter import Limiter
 from connlimit._limiter.settings import Settings
 from connlimit.shared.by_url import shared_limits
+from connlimit.status.service import Limited
 
 
 class IRunning(Protocol):
@@ -78,7 +79,7 @@ class Alone:
         A limiter is no more.
         """
 
-    def watched(self, program: IRunning) -> Any:
+    def watched(self, program: IRunning) -> Limited:
         """
         What has the limiters that are shown.
         """
