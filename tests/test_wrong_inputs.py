@@ -18,10 +18,11 @@ from twisted.internet.endpoints import quoteStringArgument, serverFromString
 
 from connlimit import LimitedService, Limiter, LimitingEndpoint, LimitingFactory
 from connlimit._twistd.command_line import Options, makeService
+from connlimit._twistd.config import Spelling
 from connlimit._twistd.config_file import read
 from connlimit._twistd.program import CannotStart
-from connlimit._twistd.reload import check
 from connlimit._twistd.semaphores.command_line import Options as SemaphoresOptions
+from connlimit._twistd.services.parts import check
 from connlimit._twistd.toml import ConfigError
 
 #: What must not be seen by somebody who writes no Python.
@@ -296,7 +297,7 @@ def refused_file(folder: Path, text: str) -> str:
     path = folder / "connlimit.toml"
     path.write_text(text)
     with pytest.raises(ConfigError) as caught:
-        check(path, read(path), reactor)
+        check(read(path), Spelling(path), reactor)
     (sentence,) = caught.value.errors
     return sentence.removeprefix(f"{path}: ")
 

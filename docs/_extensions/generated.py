@@ -25,7 +25,7 @@ from connlimit._connection.known_protocols import KINDS
 from connlimit._limiter.settings import FIELDS
 from connlimit._limiter.values import Kind, shown
 from connlimit._twistd.command_line import Options
-from connlimit._twistd.config_file import Config, ServiceConfig, StatusConfig
+from connlimit._twistd.config import Config, ServiceConfig, StatusConfig
 from connlimit._twistd.semaphores.command_line import Options as SemaphoresOptions
 from connlimit._twistd.toml import document
 from connlimit.interfaces import COUNTER, FIGURES

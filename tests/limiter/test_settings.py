@@ -59,7 +59,8 @@ def test_every_setting_reaches_the_command_line(name: str) -> None:
     needed = NEEDS.get(name, {"max_connections": 1})
     arguments = {name: text, **needed}
     options.parseOptions([f"--{key.replace('_', '-')}={value}" for key, value in arguments.items()])
-    assert options["settings"][name] == value
+    (limiter,) = options.described.limiters.values()
+    assert getattr(limiter.settings, name) == value
 
 
 @pytest.mark.parametrize("name", [name for name in VALUES if name != "name"])

@@ -16,9 +16,11 @@ from support.patience import PATIENCE
 from support.programs import failing, running, twistd_command
 
 from connlimit import refusals
+from connlimit._limiter.settings import Settings
 from connlimit._system.files import MOST_BYTES
-from connlimit._twistd.config_file import Config, ServiceConfig, StatusConfig, read
-from connlimit._twistd.reload import check
+from connlimit._twistd.config import Config, LimiterConfig, ServiceConfig, Spelling, StatusConfig
+from connlimit._twistd.config_file import read
+from connlimit._twistd.services.parts import check
 from connlimit._twistd.targets.relay_options import RelayOptions
 from connlimit._twistd.toml import ConfigError
 
@@ -47,8 +49,7 @@ def errors_of(folder: Path, text: str) -> list[str]:
 
 def test_a_small_file_is_enough(tmp_path: Path) -> None:
     assert read(written(tmp_path, SMALL)) == Config(
-        {"web": {"max_connections": 5, "name": "web"}},
-        {},
+        {"web": LimiterConfig(Settings(max_connections=5, name="web"))},
         {"site": ServiceConfig("site", "web", ("tcp:0",), "tcp:localhost:9000")},
     )
 
@@ -70,7 +71,6 @@ def test_every_kind_of_value_is_read(tmp_path: Path) -> None:
             refusal = "smtp"
             dry_run = true
             order = "lifo"
-            max_waiting = "none"
             [services.s]
             plugin = ["web", "--path=."]
             when_full = "stop-accepting"
@@ -81,7 +81,7 @@ def test_every_kind_of_value_is_read(tmp_path: Path) -> None:
             """,
         )
     )
-    limiter = dict(config.limiters["a"])
+    limiter = config.limiters["a"].settings.changed()
     assert [str(each) for each in limiter.pop("exempt").networks] == ["127.0.0.1/32", "::1/128"]
     assert limiter == {
         "name": "a",
@@ -93,7 +93,6 @@ def test_every_kind_of_value_is_read(tmp_path: Path) -> None:
         "refusal": refusals.SMTP,
         "dry_run": True,
         "order": "lifo",
-        "max_waiting": None,
     }
     assert config.drain_timeout == 120
     assert config.processes == 4
@@ -280,7 +279,7 @@ def test_all_that_the_start_needs_is_checked(service: str, sentences: list[str],
 
     path = written(tmp_path, f"[limiters.web]\nmax_connections = 5\n[services.site]\n{service}\n")
     with pytest.raises(ConfigError) as caught:
-        check(path, read(path), reactor)
+        check(read(path), Spelling(path), reactor)
     assert len(caught.value.errors) == len(sentences)
     for error, sentence in zip(caught.value.errors, sentences, strict=True):
         assert sentence in error

@@ -115,6 +115,13 @@ class Settings:
             raise ValueError(f"{spell('max_burst')} needs {spell('max_rate')}, how many begin in a second")
         return new
 
+    def changed(self) -> dict[str, Any]:
+        """
+        Those that are not as they are unless something else is said.
+        """
+        values = {name: getattr(self, name) for name in FIELDS}
+        return {name: value for name, value in values.items() if value != FIELDS[name].default}
+
 
 FIELDS: Mapping[str, attrs.Attribute[Any]] = attrs.fields_dict(Settings)
 

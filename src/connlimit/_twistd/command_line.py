@@ -4,74 +4,77 @@ The command line: ``twistd connlimit``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from twisted.application.service import IProcess, IService
 from twisted.python import usage
 
-from connlimit._limiter.limiter import Limiter
 from connlimit._limiter.settings import FIELDS, Settings, check_limits, parse, values
-from connlimit._listening.checked_endpoints import client_endpoint, server_endpoint, status_endpoint
-from connlimit._listening.ports import check_when_full
-from connlimit._listening.service import LimitedService, limit_service, to_limit
-from connlimit._twistd.config_file import DRAIN_TIMEOUT, PROCESSES, WORKER_TIMEOUT, WORKER_TIMEOUTS, read
+from connlimit._listening.ports import WHEN_FULL
+from connlimit._twistd.config import (
+    DRAIN_TIMEOUT,
+    PROCESSES,
+    WORKER_TIMEOUT,
+    WORKER_TIMEOUTS,
+    Config,
+    LimiterConfig,
+    ServiceConfig,
+    Spelling,
+    StatusConfig,
+)
+from connlimit._twistd.config_file import read
 from connlimit._twistd.options import ProgramOptions
 from connlimit._twistd.processes.parent import Parent
 from connlimit._twistd.processes.role import Alone
 from connlimit._twistd.program import CannotStart, Program
-from connlimit._twistd.reload import ConfiguredProgram, check
+from connlimit._twistd.reload import ConfiguredProgram, Source
+from connlimit._twistd.services.parts import Parts, check
 from connlimit._twistd.targets import demonstration
-from connlimit._twistd.targets.by_name import (
-    as_if_alone,
-    import_factory,
-    limited_plugin,
-    load_application,
-    plugins,
-)
-from connlimit._twistd.targets.relay import RelayFactory
+from connlimit._twistd.targets.by_name import plugins
 from connlimit._twistd.targets.relay_options import RELAY_FIELDS, RelayOptions, relay_options
 from connlimit._twistd.toml import ConfigError, source
-from connlimit.shared.by_url import read_url, shared_limits
-from connlimit.status import status_service
+from connlimit.shared.by_url import read_url
 
-
-def _spell(setting: str) -> str:
-    return "--" + setting.replace("_", "-")
-
+_spell = Spelling().name
 
 # The options that go with --config.
 _WITH_CONFIG = ("config", "check-config")
 
 
-class _PluginOptions:
+class _PluginArguments:
     """
-    Takes the place of a plugin's options until they are parsed, with those of twistd itself as their parent.
+    Takes what stands behind the name of a plugin, which is the plugin's own.
     """
 
     parent: Any
 
-    def __init__(self, plugin: Any) -> None:
-        self.options: usage.Options = plugin.options()
-        self._name = plugin.tapname
+    def __init__(self) -> None:
+        self.arguments: list[str] = []
 
     def parseOptions(self, arguments: list[str]) -> None:
         """
-        Parse the plugin's part of a command line.
+        Keep them.
         """
-        self.parent.subOptions = self.options
-        with as_if_alone(self._name, self.options, self.parent.parent):
-            self.options.parseOptions(arguments)
+        self.arguments = arguments
 
 
 class Options(ProgramOptions):
     """
     The options of ``twistd connlimit``.
+
+    :ivar described: what they describe.
+    :ivar source: where they have it from.
+    :ivar parts: what its services are made of.
+    :ivar text: the text of the file that they name, if they name one.
     """
 
     program = "connlimit"
+
+    source: Source
+    described: Config
+    parts: dict[str, Parts]
 
     synopsis = (
         "[limits] [--listen ENDPOINT]... [--forward ENDPOINT | --factory MODULE:NAME]"
@@ -155,19 +158,19 @@ class Options(ProgramOptions):
     ]
 
     @property
-    def subCommands(self) -> Iterator[tuple[str, None, Callable[[], _PluginOptions], str]]:
+    def subCommands(self) -> Iterator[tuple[str, None, type[_PluginArguments], str]]:
         """
         All other twistd plugins, as those that can be limited.
         """
         for plugin in plugins():
-            yield plugin.tapname, None, partial(_PluginOptions, plugin), plugin.description
+            yield plugin.tapname, None, _PluginArguments, plugin.description
 
     def __init__(self, text: str | None = None) -> None:
         """
-        :param text: that of the configuration file, if it was read already.
+        :param text: that of the file that was read already by another process.
         """
         super().__init__()
-        self["text"] = text
+        self.text = text
 
     def opt_skip(self, description: str) -> None:
         """
@@ -177,81 +180,129 @@ class Options(ProgramOptions):
 
     def postOptions(self) -> None:
         """
-        Check everything that can be checked before anything is started.
+        Make a `Config` of what was said, and check everything that the start will need.
         """
-        if self["config"] is not None:
-            self._read_config()
-            return
-        if self["check-config"]:
-            raise usage.UsageError("--check-config needs --config FILE")
-        texts = {name: self[name.replace("_", "-")] for name in FIELDS}
-        given = {name: text for name, text in texts.items() if text is not None}
-        try:
-            self["drain"] = self.value("drain-timeout", DRAIN_TIMEOUT)
-            check_when_full(self["when-full"], "--when-full")
-            self["settings"] = parse(given, _spell)
-            settings = Settings().evolve(self["settings"], _spell)
-            if self["shared-file"] is not None:
-                if self["shared"] is not None:
-                    raise ValueError("--shared-file must be left out when --shared is given")
-                self["shared"] = read_url(self["shared-file"], _spell)
-            shared_limits(self["shared"], settings, _spell)  # whether it can be made
-            self["processes"] = self.value("processes", PROCESSES)
-            self["worker_timeout"] = self.value("worker-timeout", WORKER_TIMEOUTS)
-        except ValueError as error:
-            raise usage.UsageError(str(error)) from None
+        from twisted.internet import reactor
 
+        if self["config"] is not None:
+            self.source, self.described = self._from_file(Path(self["config"]))
+        else:
+            if self["check-config"]:
+                raise usage.UsageError("--check-config needs --config FILE")
+            try:
+                self.described = self._config()
+            except ValueError as error:
+                raise usage.UsageError(str(error)) from None
+            described = self.described
+            self.source = Source(Spelling(), self.text, lambda text: described)
+        try:
+            self.parts = check(self.described, self.source.spelling, reactor, self.parent)
+            if self["config"] is None:
+                self._check_limits()
+        except ConfigError as error:
+            if self["config"] is None:
+                raise usage.UsageError(error.errors[0]) from None
+            raise _cannot_start(error) from None
+        if self["check-config"]:
+            for line in self.described.summary():
+                print(line)
+            raise SystemExit(0)
+
+    def _config(self) -> Config:
+        """
+        What the command line describes: one limiter and one service.
+
+        :raises ValueError: if it describes nothing.
+        """
+        drain_timeout = self.value("drain-timeout", DRAIN_TIMEOUT)
+        when_full = WHEN_FULL.of_text("--when-full", self["when-full"])
+        settings = Settings().evolve(parse(self._given(), _spell), _spell)
+        if self["shared-file"] is not None:
+            if self["shared"] is not None:
+                raise ValueError("--shared-file must be left out when --shared is given")
+            self["shared"] = self.text = read_url(self["shared-file"], _spell, self.text)
+        processes = self.value("processes", PROCESSES)
+        worker_timeout = self.value("worker-timeout", WORKER_TIMEOUTS)
+        targets = self._targets()
+        if not targets:
+            if settings.max_connections is None and "max_connections" not in self._given():
+                settings = settings.evolve({"max_connections": demonstration.MAX_CONNECTIONS})
+            if not self["listen"]:
+                self["listen"] = [demonstration.LISTEN]
+                if self["status"] is None:
+                    self["status"] = demonstration.STATUS
+        if self["status-host"] and self["status"] is None:
+            raise ValueError("--status-host needs --status, such as --status tcp:8081")
+        if self.get("skip") and not self.subCommand and self["tac"] is None:
+            raise ValueError("--skip needs a plugin or --tac, of which something is to be left out")
+        service = ServiceConfig(
+            name=targets[0].lstrip("-") if targets else "demonstration",
+            limiter=settings.name,
+            listen=tuple(self["listen"]),
+            forward=self["forward"],
+            factory=self["factory"],
+            plugin=(self.subCommand, *self.subOptions.arguments) if self.subCommand else (),
+            when_full=when_full,
+            relay=RelayOptions() if self["forward"] is None else self._relay_options(),
+            tac=self["tac"],
+            skip=tuple(self.get("skip", ())),
+        )
+        status = None
+        if self["status"] is not None:
+            status = StatusConfig(self["status"], hosts=tuple(self["status-host"]))
+        return Config(
+            {settings.name: LimiterConfig(settings, self["shared"])},
+            {service.name: service},
+            status,
+            drain_timeout,
+            bool(self["log-connections"]),
+            processes,
+            worker_timeout,
+        )
+
+    def _given(self) -> dict[str, str]:
+        """
+        The texts of those settings that were given.
+        """
+        texts = {name: self[name.replace("_", "-")] for name in FIELDS}
+        return {name: text for name, text in texts.items() if text is not None}
+
+    def _targets(self) -> list[str]:
+        """
+        What is to be limited, which is one thing or nothing.
+
+        :raises ValueError: if it is several, or something else that was given does not go with it.
+        """
         targets = [f"--{name}" for name in ("forward", "factory", "tac") if self[name] is not None]
         if self.subCommand:
             targets.append(self.subCommand)
             if self["listen"]:
-                raise usage.UsageError(
+                raise ValueError(
                     f"--listen must be left out before a plugin: {self.subCommand} listens by its own options"
                 )
         if self["forward"] is None:
             for each in map(_spell, RELAY_FIELDS):
                 if self[each[2:]] != self.defaults[each[2:]]:
-                    raise usage.UsageError(f"{each} needs --forward, such as --forward tcp:localhost:9000")
+                    raise ValueError(f"{each} needs --forward, such as --forward tcp:localhost:9000")
         if len(targets) > 1:
-            raise usage.UsageError(f"only one of {' and '.join(targets)} can be limited")
-        if not targets:
-            self["settings"].setdefault("max_connections", demonstration.MAX_CONNECTIONS)
-            if not self["listen"]:
-                self["listen"] = [demonstration.LISTEN]
-                if self["status"] is None:
-                    self["status"] = demonstration.STATUS
-        elif self["tac"] is not None:
-            if self["listen"]:
-                raise usage.UsageError(
-                    "--listen must be left out with --tac: the application listens by itself"
-                )
-        elif not self.subCommand and not self["listen"]:
-            raise usage.UsageError(f"{targets[0]} needs --listen, such as --listen tcp:8080")
+            raise ValueError(f"only one of {' and '.join(targets)} can be limited")
+        if self["tac"] is not None and self["listen"]:
+            raise ValueError("--listen must be left out with --tac: the application listens by itself")
+        if targets and targets[0] in ("--forward", "--factory") and not self["listen"]:
+            raise ValueError(f"{targets[0]} needs --listen, such as --listen tcp:8080")
+        return targets
 
-        from twisted.internet import reactor
-
-        if self["status-host"] and self["status"] is None:
-            raise usage.UsageError("--status-host needs --status, such as --status tcp:8081")
+    def _check_limits(self) -> None:
+        """
+        See to it that something is limited, unless this only shows how it works.
+        """
+        given: list[str] = [*self._given(), *(["shared"] if self["shared"] is not None else [])]
+        if not self._targets():
+            return
         try:
-            self["endpoints"] = [server_endpoint(reactor, each) for each in self["listen"]]
-            if self["forward"] is not None:
-                self["backend"] = client_endpoint(reactor, self["forward"])
-                self["relay"] = self._relay_options()
-            if self["factory"] is not None:
-                self["served"] = import_factory(self["factory"])
-            self["status-endpoint"] = (
-                None if self["status"] is None else status_endpoint(reactor, self["status"])
-            )
-            if self["tac"] is not None:
-                self["application"] = load_application(self["tac"])
-                to_limit(self["application"], self["when-full"], self.get("skip", ()), self["tac"], _spell)
-            elif self.get("skip") and not self.subCommand:
-                raise ValueError("--skip needs a plugin or --tac, of which something is to be left out")
-            if targets:
-                shared = {} if self["shared"] is None else {"shared": self["shared"]}
-                check_limits(given | shared, _spell, "--max-connections none")
+            check_limits(given, _spell, "--max-connections none")
         except ValueError as error:
-            raise usage.UsageError(str(error)) from None
+            raise ConfigError([str(error)]) from None
 
     def _relay_options(self) -> RelayOptions:
         """
@@ -261,9 +312,9 @@ class Options(ProgramOptions):
         given["send_proxy"] = bool(given["send_proxy"])
         return relay_options(given, self["forward"], _spell)
 
-    def _read_config(self) -> None:
+    def _from_file(self, path: Path) -> tuple[Source, Config]:
         """
-        Read the configuration file, and end here if it was only to be checked.
+        What the configuration file describes.
         """
         others = [
             f"--{name}"
@@ -277,83 +328,39 @@ class Options(ProgramOptions):
             others.append(self.subCommand)
         if others:
             raise usage.UsageError(f"with --config, {' and '.join(others)} must be in the file")
-        from twisted.internet import reactor
-
-        path = Path(self["config"])
         try:
-            if self["text"] is None:
-                self["text"] = source(path)
-            self["loaded"] = read(path, self["text"])
-            self["parts"] = check(path, self["loaded"], reactor, self.parent)
+            if self.text is None:
+                self.text = source(path)
+            return Source(Spelling(path), self.text, partial(read, path)), read(path, self.text)
         except ConfigError as error:
-            raise CannotStart("\n".join(f"connlimit: {each}" for each in error.errors)) from None
-        if self["check-config"]:
-            for line in self["loaded"].summary():
-                print(line)
-            raise SystemExit(0)
+            raise _cannot_start(error) from None
+
+
+def _cannot_start(error: ConfigError) -> CannotStart:
+    return CannotStart("\n".join(f"connlimit: {each}" for each in error.errors))
 
 
 def makeService(options: Options, role: Alone | None = None) -> Program:
     """
-    The service that the options ask for.
+    The program that the options describe.
 
     :param role: what this process does of it, if that is not for the options to say.
     """
     from twisted.internet import reactor
 
-    config = None if options["config"] is None else options["loaded"]
+    config = options.described
     if role is None:
-        processes = config.processes if config else options["processes"]
-        timeout = config.worker_timeout if config else options["worker_timeout"]
-        role = (
-            Alone()
-            if processes == 1
-            else Parent(processes, options.arguments, reactor, timeout, options["text"], options.parent)
-        )
-    if config is not None:
-        path, text = Path(options["config"]), options["text"]
-        return ConfiguredProgram(path, config, options["parts"], reactor, role, text, options.parent)
-    limiter = role.limiter(options["settings"], options["shared"])
-    program = Program(options["drain"], bool(options["log-connections"]), role)
-    program.add_limiter(limiter)
-    where = options["status-endpoint"]
-    if options.subCommand or options["tac"] is not None:
-        try:
-            inner = _limited(options, limiter)
-        except ValueError as error:
-            raise CannotStart(f"connlimit: {error}") from None
-        role.plugin(inner).setServiceParent(program)
-    else:
-        if options["forward"] is not None:
-            factory: Any = RelayFactory(options["backend"], options["forward"], options["relay"])
-        elif options["factory"] is not None:
-            factory = options["served"]
-        else:
-            factory = demonstration.site(limiter, reactor, options["status"])
-            program.hints = demonstration.hints(options["listen"], options["status"])
-        for endpoint in options["endpoints"]:
-            LimitedService(endpoint, factory, limiter, when_full=options["when-full"]).setServiceParent(
-                program
+        role = Alone()
+        if config.processes > 1:
+            role = Parent(
+                config.processes,
+                options.arguments,
+                reactor,
+                config.worker_timeout,
+                options.text,
+                options.parent,
             )
-    if where is not None and role.shows:
-        program.status = status_service(where, role.watched(program), hosts=options["status-host"])
-    return program
-
-
-def _limited(options: Options, limiter: Limiter) -> IService:
-    """
-    The service of the plugin or of the application that the options name, behind the limiter.
-
-    :raises ValueError: if it cannot be made, or nothing in it can be limited.
-    """
-    when_full, skip = options["when-full"], options.get("skip", ())
-    if options.subCommand:
-        return limited_plugin(options.subCommand, options.subOptions, limiter, when_full, skip, _spell)
-    application = options["application"]
-    limit_service(application, limiter, when_full, skip)
-    # twistd looks for these in an application that it has made itself.
-    process, twistd = IProcess(application, None), options.parent
-    for name in ("uid", "gid"):
-        if process is not None and twistd is not None and name in twistd and twistd[name] is None:  # type: ignore[redundant-expr]
-            twistd[name] = getattr(process, name)
-    return IService(application)
+    try:
+        return ConfiguredProgram(config, options.parts, options.source, reactor, role, options.parent)
+    except ValueError as error:
+        raise CannotStart(f"connlimit: {error}") from None

@@ -12,22 +12,20 @@ from typing import Any
 import attrs
 
 from connlimit._limiter.settings import FIELDS, Settings, check_limits, load
-from connlimit._limiter.values import FLAG, Kind, duration, one_of, shown, text, texts, whole_number
+from connlimit._limiter.values import FLAG, Kind, one_of, shown, text, texts
 from connlimit._listening.ports import WHEN_FULL
+from connlimit._twistd.config import (
+    DRAIN_TIMEOUT,
+    PROCESSES,
+    WORKER_TIMEOUT,
+    WORKER_TIMEOUTS,
+    Config,
+    LimiterConfig,
+    ServiceConfig,
+    StatusConfig,
+)
 from connlimit._twistd.targets.relay_options import RELAY_FIELDS, RelayOptions, relay_options
 from connlimit._twistd.toml import ConfigError, document
-
-#: How many processes can serve; more are a slip.
-PROCESSES = whole_number(1, 1024)
-
-#: How long the connections that are served may take to end.
-DRAIN_TIMEOUT = duration()
-
-#: How long a worker may be without an answer.
-WORKER_TIMEOUTS = duration(1)
-
-#: Seconds after which a worker that does not answer is killed, unless something else is said.
-WORKER_TIMEOUT = 60.0
 
 _URL = text("the URL of a Redis, such as 'redis://localhost'")
 _LISTEN = texts("an endpoint such as 'tcp:8080', or several")
@@ -38,100 +36,6 @@ _TAC = text("the path of a .tac file")
 _SKIP = texts("an endpoint such as 'tcp:8081', or several")
 _STATUS_LISTEN = text("an endpoint such as 'tcp:8081:interface=127.0.0.1'")
 _HOSTS = texts("a host name, or several")
-
-
-@attrs.frozen
-class ServiceConfig:
-    """
-    What one service listens at, what it serves with, and whose limits hold.
-
-    :ivar name: its name in the file.
-    :ivar limiter: the name of its limiter; may be left out if there is one only.
-    :ivar listen: an endpoint string or several.
-    :ivar forward: the endpoint string of another server.
-    :ivar relay: how the relay to it treats its connections.
-    :ivar factory: MODULE:NAME of a factory, or of a callable that returns one.
-    :ivar plugin: a twistd plugin's name and its arguments.
-    :ivar tac: the path of a ``.tac`` file, whose application is run.
-    :ivar skip: what of a plugin or an application is left without limits, by the endpoints it listens at.
-    :ivar when_full: what its ports do when its limiter is full, ``refuse`` or ``stop-accepting``.
-    """
-
-    name: str
-    limiter: str
-    listen: tuple[str, ...] = ()
-    forward: str | None = None
-    factory: str | None = None
-    plugin: tuple[str, ...] = ()
-    when_full: str = "refuse"
-    relay: RelayOptions = RelayOptions()
-    tac: str | None = None
-    skip: tuple[str, ...] = ()
-
-
-@attrs.frozen
-class StatusConfig:
-    """
-    Where the status page is, and what it shows.
-
-    :ivar listen: the endpoint string of the status page.
-    :ivar show_peers: whether others than loopback see the addresses of peers.
-    :ivar hosts: names, besides IP addresses and localhost, by which browsers may ask for it.
-    """
-
-    listen: str
-    show_peers: bool = False
-    hosts: tuple[str, ...] = ()
-
-
-@attrs.frozen
-class Config:
-    """
-    All that a file says.
-
-    :ivar limiters: the settings of each limiter, by its name; those that are not given have their defaults.
-    :ivar shared: the URLs of the limiters that are shared, by their names.
-    :ivar services: the services by their names.
-    :ivar status: the status page, or None.
-    :ivar drain_timeout: seconds that connections may take to end when the program is stopped.
-    :ivar log_connections: whether each connection is told of in the log, from the next start on.
-    :ivar processes: how many processes serve, from the next start on.
-    :ivar worker_timeout: seconds after which one of them that does not answer is killed.
-    """
-
-    limiters: Mapping[str, Mapping[str, Any]]
-    shared: Mapping[str, str]
-    services: Mapping[str, ServiceConfig]
-    status: StatusConfig | None = None
-    drain_timeout: float = 0.0
-    log_connections: bool = False
-    processes: int = 1
-    worker_timeout: float = WORKER_TIMEOUT
-
-    def summary(self) -> list[str]:
-        """
-        What the program would do, a line each.
-        """
-        lines = [
-            f"limiter {name}: "
-            + (", ".join(f"{k}={shown(v)}" for k, v in settings.items() if k != "name") or "no limits")
-            for name, settings in self.limiters.items()
-        ]
-        for service in self.services.values():
-            does = (
-                f"forwards to {service.forward}{' with a PROXY header' if service.relay.send_proxy else ''}"
-                if service.forward
-                else f"serves with {service.factory}"
-                if service.factory
-                else f"runs {service.tac or ' '.join(service.plugin)}"
-            )
-            where = f"listens at {', '.join(service.listen)}, " if service.listen else ""
-            lines.append(f"service {service.name}: {where}{does}, behind limiter {service.limiter}")
-        if self.processes > 1:
-            lines.append(f"processes: {self.processes}")
-        if self.status:
-            lines.append(f"status page: listens at {self.status.listen}")
-        return lines
 
 
 def read(path: Path, text: str | None = None) -> Config:
@@ -174,11 +78,6 @@ class _Reader:
         limiters = {name: self._limiter(name, table) for name, table in tables.items()}
         if not limiters and not self._errors:
             self._wrong("", "limiters", "at least one table, such as [limiters.web]", None)
-        shared = {
-            name: self._value(f"limiters.{name}", table, "shared", _URL, "")
-            for name, table in tables.items()
-            if "shared" in table
-        }
         services = {
             name: self._service(name, table, limiters)
             for name, table in self._tables(known, "services").items()
@@ -194,7 +93,6 @@ class _Reader:
             raise ConfigError([_one_line(each) for each in self._errors])
         return Config(
             limiters,
-            shared,
             {k: v for k, v in services.items() if v is not None},
             status,
             drain,
@@ -203,25 +101,26 @@ class _Reader:
             timeout,
         )
 
-    def _limiter(self, name: str, table: Mapping[str, Any]) -> dict[str, Any]:
+    def _limiter(self, name: str, table: Mapping[str, Any]) -> LimiterConfig:
         where = f"limiters.{name}"
         before = len(self._errors)
-        settings = {}
+        given = {}
         keys = [*(each for each in FIELDS if each != "name"), "shared"]
         for key, value in self._known(table, where, keys).items():
             if key == "shared":
                 continue
             try:
-                settings[key] = load(key, value)
-            except (TypeError, ValueError) as error:
+                given[key] = load(key, value)
+            except ValueError as error:
                 self._errors.append(f"{self._file}: [{where}] {error}")
+        settings = Settings()
         if len(self._errors) == before:
             try:
-                Settings().evolve(settings)
+                settings = settings.evolve({**given, "name": name})
                 check_limits(table, str, 'max_connections = "none"')
             except ValueError as error:
                 self._errors.append(f"{self._file}: [{where}] {error}")
-        return {**settings, "name": name}
+        return LimiterConfig(settings, self._value(where, table, "shared", _URL, None))
 
     def _service(
         self, name: str, table: Mapping[str, Any], limiters: Mapping[str, object]

@@ -71,7 +71,7 @@ class ProgramOptions(usage.Options):
         """
         The sentence on what is wrong, with what may have been meant.
         """
-        found = re.fullmatch(r"option --(.*) not recognized|Unknown command: (.*)", sentence)
+        found = re.search(r"option --(\S*) not recognized\Z|\AUnknown command: (.*)", sentence)
         if found is None:
             return sentence
         option, command = found.groups()
@@ -79,15 +79,10 @@ class ProgramOptions(usage.Options):
         if command is not None:
             sentence = f"there is no twistd plugin {command}"
             hint = did_you_mean(command, [name for name, *_ in getattr(self, "subCommands", ())])
-        elif not hasattr(self, "subOptions"):
+        elif self.subCommand is None:
             hint = did_you_mean(option, ours, lambda name: f"--{name}")
-        elif option in ours:
-            hint = f"it must stand before {self.subCommand}"
         else:
-            theirs = [
-                each.rstrip("=") for each in getattr(self.subOptions, "options", self.subOptions).longOpt
-            ]
-            hint = did_you_mean(option, theirs, lambda name: f"--{name}")
+            hint = f"it must stand before {self.subCommand}" if option in ours else ""
         return f"{sentence}; {hint}" if hint else sentence
 
     def value(self, name: str, kind: Kind) -> Any:

@@ -63,14 +63,15 @@ def follow(limits: Iterable[ILimit], settings: Settings) -> None:
             limit.slots = settings.max_connections
 
 
-def read_url(file: str, spell: Callable[[str], str] = str) -> str:
+def read_url(file: str, spell: Callable[[str], str] = str, text: str | None = None) -> str:
     """
     The URL that a file has, in its first line. So nobody sees a password in the list of processes.
 
+    :param text: the file's text, if it was read already.
     :raises ValueError: if there is none.
     """
     try:
-        lines = Path(file).read_text().splitlines()
+        lines = (Path(file).read_text() if text is None else text).splitlines()
     except (OSError, ValueError):
         lines = []
     if not lines or not lines[0].strip():

@@ -29,7 +29,7 @@ from support.patience import PATIENCE
 from support.programs import Program, failing, running, twistd_command
 from support.redis import Redis
 
-from connlimit._twistd.config_file import MOST_PROCESSES
+from connlimit._twistd.config import MOST_PROCESSES
 
 LOCAL = "tcp:0:interface=127.0.0.1"
 

@@ -29,7 +29,7 @@ from twisted.python.failure import Failure
 
 from connlimit._limiter.limiter import Limiter
 from connlimit._listening.service import listening_services
-from connlimit._twistd.config_file import WORKER_TIMEOUT
+from connlimit._twistd.config import WORKER_TIMEOUT
 from connlimit._twistd.processes import commands
 from connlimit._twistd.processes.inherited_ports import OpenedPorts
 from connlimit._twistd.processes.lending import Lender
@@ -180,7 +180,7 @@ class Parent(Alone):
         self._looking.start(_LOOK_INTERVAL)
         await self._all_ready
 
-    def reload(self, program: IRunning, text: str) -> None:
+    def reload(self, program: IRunning, text: str | None) -> None:
         """
         See `Alone.reload`.
         """

@@ -53,13 +53,13 @@ class Alone:
     shows = True
     reads = True
 
-    def limiter(self, settings: Mapping[str, Any], shared: str | None) -> Limiter:
+    def limiter(self, settings: Settings, shared: str | None) -> Limiter:
         """
         A limiter with these settings.
 
         :param shared: the URL of the Redis by which ``max_connections`` is shared, or None.
         """
-        return Limiter(**settings, limits=shared_limits(shared, Settings().evolve(dict(settings))))
+        return Limiter(**settings.changed(), limits=shared_limits(shared, settings))
 
     def continued(self, name: str, limiters: list[Limiter]) -> Limiter | None:
         """
@@ -121,7 +121,7 @@ class Alone:
         Do what remains to be done until the program is ready.
         """
 
-    def reload(self, program: IRunning, text: str) -> None:
+    def reload(self, program: IRunning, text: str | None) -> None:
         """
         The program may have changed: it listens elsewhere, or runs what another text of the file says.
         """

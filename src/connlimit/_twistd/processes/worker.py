@@ -7,7 +7,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, suppress
 from typing import Any, NoReturn
 
@@ -73,13 +73,13 @@ class Worker(Alone):
 
     # The part
 
-    def limiter(self, settings: Mapping[str, Any], shared: str | None) -> Limiter:
+    def limiter(self, settings: Settings, shared: str | None) -> Limiter:
         """
         See `Alone.limiter`.
         """
         if shared is not None:
             return super().limiter(settings, shared)
-        return Limiter(**settings, limits=[self._limit_of(Settings().evolve(dict(settings)).name)])
+        return Limiter(**settings.changed(), limits=[self._limit_of(settings.name)])
 
     def continued(self, name: str, limiters: list[Limiter]) -> Limiter | None:
         """

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -17,9 +18,9 @@ from twisted.plugin import getPlugins
 from twisted.python import usage
 from twisted.python.reflect import namedAny
 
-from connlimit._limiter.limiter import Limiter
+from connlimit._limiter.values import did_you_mean
 from connlimit._listening.checked_endpoints import why
-from connlimit._listening.service import limit_service, to_limit
+from connlimit._listening.service import to_limit
 
 
 def look_where_the_user_stands() -> None:
@@ -88,11 +89,14 @@ def plugins() -> list[Any]:
     return [plugin for plugin in found if plugin.tapname != "connlimit"]
 
 
-def plugin_options(name: str, arguments: list[str], twistd: usage.Options | None = None) -> usage.Options:
+def plugin_options(
+    name: str, arguments: list[str], twistd: usage.Options | None = None, may_exit: bool = False
+) -> usage.Options:
     """
     A plugin's options for a command line.
 
     :param twistd: the options of twistd itself.
+    :param may_exit: whether the process may end in order here, as by ``--help``.
     :raises ValueError: if there is no such plugin, or its command line is wrong.
     """
     plugin = _plugin(name)
@@ -101,10 +105,24 @@ def plugin_options(name: str, arguments: list[str], twistd: usage.Options | None
         with as_if_alone(name, options, twistd):
             options.parseOptions(arguments)
     except (usage.UsageError, SystemExit) as error:
-        raise ValueError(f"plugin {name} does not take these arguments: {error}") from None
+        if may_exit and isinstance(error, SystemExit) and not error.code:
+            raise
+        raise ValueError(
+            f"plugin {name} does not take these arguments: {_explained(error, options)}"
+        ) from None
     except Exception as error:
         raise ValueError(f"plugin {name} fails with these arguments: {_reason(error)}") from None
     return options
+
+
+def _explained(error: usage.UsageError | SystemExit, options: usage.Options) -> str:
+    """
+    What an error says, and which option may have been meant.
+    """
+    found = re.fullmatch(r"option --(.*) not recognized", str(error))
+    known = [each.rstrip("=") for each in options.longOpt]
+    hint = did_you_mean(found[1], known, lambda name: f"--{name}") if found else ""
+    return f"{error}; {hint}" if hint else str(error)
 
 
 @contextmanager
@@ -147,26 +165,6 @@ def made_plugin(
     except (Exception, SystemExit) as error:
         raise ValueError(f"{name} cannot be made with these options: {_reason(error)}") from None
     to_limit(service, when_full, skip, name, spell)
-    return service
-
-
-def limited_plugin(
-    name: str,
-    options: usage.Options,
-    limiter: Limiter,
-    when_full: str,
-    skip: Iterable[str] = (),
-    spell: Callable[[str], str] = str,
-) -> IService:
-    """
-    The service of a plugin, the limiter before all that listens in it.
-
-    :param skip: see `limit_service`.
-    :param spell: how the user spells *when_full* and *skip*.
-    :raises ValueError: if it cannot be made, or nothing in it can be limited.
-    """
-    service = made_plugin(name, options, when_full, skip, spell)
-    limit_service(service, limiter, when_full, skip)
     return service
 
 

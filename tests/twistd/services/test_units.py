@@ -10,18 +10,14 @@ from support.logs import Log
 from twisted.application.service import Service
 from twisted.internet.defer import Deferred, fail
 
-from connlimit._twistd import services
-from connlimit._twistd.services import started, stopped
+from connlimit._twistd.services.units import started, stopped
 
 
 @ensureDeferred
-async def test_a_service_that_does_not_stop_is_not_waited_for_for_ever(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(services, "STOP_TIMEOUT", 0.01)
+async def test_a_service_that_does_not_stop_is_not_waited_for_for_ever() -> None:
     never: Deferred[None] = Deferred()
     with Log() as log:
-        await stopped("service slow", lambda: never)
+        await stopped("service slow", lambda: never, 0.01)
         never.callback(None)  # too late to matter
     assert log.texts() == ["service slow has not stopped within 0 s"]
 
@@ -45,5 +41,5 @@ def test_a_service_that_fails_to_start_is_stopped_again() -> None:
 
     service = Failing()
     with pytest.raises(ValueError, match="no"):
-        started(service)
+        started(service, service.startService)
     assert service.is_stopped

@@ -1,0 +1,3 @@
+"""
+The services of a `Config`: found and checked, opened and closed.
+"""
