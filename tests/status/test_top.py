@@ -113,7 +113,10 @@ def test_a_wrong_interval_gets_one_sentence(interval: str, capsys: pytest.Captur
     with pytest.raises(SystemExit) as ended:
         top.main(["http://127.0.0.1/", f"--interval={interval}"])
     assert ended.value.code == 2
-    assert f"--interval: must be a number of seconds above 0, not {interval!r}" in capsys.readouterr().err
+    assert (
+        f"--interval: must be a time above 0, such as 30, 500ms, 30s or 5min, not {interval!r}"
+        in capsys.readouterr().err
+    )
 
 
 def test_the_version_of_the_server_is_shown() -> None:

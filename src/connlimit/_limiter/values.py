@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import difflib
 import math
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import date, time
 from ipaddress import ip_network
@@ -16,7 +15,7 @@ import attrs
 
 from connlimit._limiter.peers import exempt_or_none, prefix_lengths
 from connlimit._limiter.queue import ORDERS
-from connlimit._system.durations import seconds
+from connlimit._system.durations import is_seconds, seconds
 from connlimit.refusals import NAMED, refusal_of, unescaped
 
 
@@ -174,8 +173,8 @@ def whole_number(least: int, most: int | None = None) -> Kind:
     return Kind(right, right, convert, int)
 
 
-def _above_zero(value: float) -> bool:
-    return 0 < value <= sys.float_info.max
+def _above_zero(value: object) -> bool:
+    return is_seconds(value) and value != 0
 
 
 def duration(least: float = 0.0, most: float = math.inf) -> Kind:
@@ -183,7 +182,7 @@ def duration(least: float = 0.0, most: float = math.inf) -> Kind:
     Durations: seconds in code, and texts such as ``30``, ``500ms``, ``5min`` or ``2h 30min``.
     """
     such_as = "such as 30, 500ms, 30s or 5min"
-    convert = _number((int, float), lambda value: least <= value <= min(most, sys.float_info.max))
+    convert = _number((int, float), lambda value: is_seconds(value, least) and value <= most)
     if most < math.inf:
         in_code, in_text = (
             f"a number of seconds from {least:g} to {most:g}",
@@ -310,7 +309,7 @@ def _notice(value: Any) -> Any:
     after, what = value
     if isinstance(value, list) and isinstance(what, str):
         after, what = seconds(after) if isinstance(after, str) else after, unescaped(what)
-    if isinstance(after, bool) or not isinstance(after, (int, float)) or not _above_zero(after):
+    if not _above_zero(after):
         raise ValueError
     if not isinstance(what, bytes) and not callable(what):
         raise TypeError

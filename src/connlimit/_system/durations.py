@@ -8,6 +8,7 @@ them; there the unit is needed, and everywhere else a number alone stands for se
 from __future__ import annotations
 
 import re
+import sys
 from functools import lru_cache
 
 #: The longest duration, in seconds: a year, and a leap day.
@@ -44,12 +45,21 @@ def seconds(text: str) -> float:
     :raises ValueError: if it stands for none.
     """
     text = text.strip()
-    if _NUMBER.fullmatch(text):
+    if _NUMBER.fullmatch(text) and any(map(str.isdecimal, text)):
         return float(text)
     value = _seconds(text) if len(text) <= _MOST_CHARACTERS else None
     if value is None:
-        raise ValueError(text)
+        raise ValueError(f"{_short(text)} is no duration")
     return value
+
+
+def is_seconds(value: object, least: float = 0.0) -> bool:
+    """
+    Whether a value is a number of seconds, as it is given in code.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    return least <= value <= sys.float_info.max
 
 
 def duration(name: str, text: object) -> float:

@@ -20,6 +20,7 @@ from twisted.internet.defer import Deferred, ensureDeferred
 from twisted.internet.interfaces import IDelayedCall
 from twisted.logger import Logger
 
+from connlimit._system.durations import is_seconds
 from connlimit._system.since_boot import since_boot
 from connlimit.semaphores.http import PATIENCE, SemaphoreError, UnknownPeer, Unreachable
 from connlimit.semaphores.session import FIRST_RETRY, LAST_RETRY, Session
@@ -295,7 +296,7 @@ class Lock:
     def __init__(self, peer: Peer, name: str, count: int, timeout: float | None) -> None:
         if isinstance(count, bool) or not isinstance(count, int) or count < 1:  # type: ignore[redundant-expr]
             raise ValueError(f"count must be a whole number, 1 or more, not {count!r}")
-        if timeout is not None and not timeout >= 0:
+        if timeout is not None and not is_seconds(timeout):
             raise ValueError(f"timeout must be a number of seconds, 0 or more, or None, not {timeout!r}")
         self.name = name
         self.count = count

@@ -14,6 +14,7 @@ from twisted.internet.interfaces import IDelayedCall
 from twisted.internet.task import deferLater
 from twisted.logger import Logger
 
+from connlimit._system.durations import is_seconds
 from connlimit._system.since_boot import since_boot
 from connlimit.semaphores.http import Requests, SemaphoreError, UnknownPeer, Unreachable
 
@@ -38,8 +39,7 @@ class Session:
         """
         :raises ValueError: for a wrong value.
         """
-        is_number = isinstance(expires_in, (int, float)) and not isinstance(expires_in, bool)  # type: ignore[redundant-expr]
-        if not is_number or not expires_in >= 0.1:
+        if not is_seconds(expires_in, 0.1):
             raise ValueError(f"expires_in must be a number of seconds, 0.1 or more, not {expires_in!r}")
         self._reactor = reactor
         self._requests = Requests(url, headers, reactor)

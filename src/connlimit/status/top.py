@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import sys
 import time
@@ -16,6 +15,7 @@ from typing import Any
 from urllib.error import HTTPError
 from urllib.request import urlopen
 
+from connlimit._limiter.values import SECONDS
 from connlimit._system.version import __version__
 from connlimit.interfaces import COUNTER, FIGURES, FLAG, GAUGE, MAXIMUM, Figure
 
@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--once", action="store_true", help="show it once")
     parser.add_argument("--json", action="store_true", help="show it as JSON, a line each time")
     parser.add_argument(
-        "--interval", type=_interval, default=1.0, metavar="SECONDS", help="between two looks (default: 1)"
+        "--interval", type=_interval, default=1.0, metavar="TIME", help="between two looks (default: 1)"
     )
     options = parser.parse_args(arguments)
     try:
@@ -79,12 +79,10 @@ def _say(what: str) -> None:
 
 def _interval(text: str) -> float:
     try:
-        value = float(text)
-        if 0 < value < math.inf:
-            return value
+        interval: float = SECONDS.of_text("--interval", text)
+        return interval
     except ValueError:
-        pass
-    raise argparse.ArgumentTypeError(f"must be a number of seconds above 0, not {text!r}")
+        raise argparse.ArgumentTypeError(f"must be {SECONDS.in_text}, not {text!r}") from None
 
 
 def fetch(url: str) -> dict[str, Any]:
