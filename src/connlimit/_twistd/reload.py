@@ -105,8 +105,11 @@ class ConfiguredProgram(Program):
         if hasattr(signal, "SIGHUP") and self._path is not None and self.role.reads:
             signal.signal(signal.SIGHUP, lambda number, frame: self.reactor.callFromThread(self.reload))
         super().privilegedStartService()
-        self._or_exit(self._services.open)
         self._look_after()
+
+    def _listen(self) -> None:
+        super()._listen()
+        self._services.open()
 
     def startService(self) -> None:
         """

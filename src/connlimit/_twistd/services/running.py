@@ -28,7 +28,7 @@ class Services:
     what was open before, is tried again.
     """
 
-    _log = Logger()
+    _log = Logger(namespace="connlimit.reload")
 
     def __init__(
         self,

@@ -25,7 +25,7 @@ from connlimit._twistd.processes.role import Alone, IRunning
 from connlimit._twistd.services.parts import Parts
 from connlimit.status import status_service
 
-_log = Logger()
+_log = Logger(namespace="connlimit.program")
 
 #: Seconds that a service may take to stop before the program goes on without it.
 STOP_TIMEOUT = 10.0
