@@ -271,4 +271,4 @@ def test_a_large_page_is_the_same_for_all_who_read_it_slowly(server: Server) -> 
         server.clock.turn()
         connection.pauseProducing()
     assert sum(len(transport.value()) for _, transport in clients) < 100 * 150_000
-    assert len({id(text) for _, text in server.site._large.values()}) == 1
+    assert len({id(pieces) for _, pieces in server.site._shared._made.values()}) == 1

@@ -2,8 +2,9 @@
 Every byte that the server of semaphores sends.
 
 What is right was recorded from the server when it was built on twisted.web. Left out is the header that named
-that; a 422 has its proper phrase, the policy of the page stands after the other headers, a name that is not
-UTF-8 is one that no semaphore has, and a duration is there once and with a value.
+that; a 422 has its proper phrase, the policy of the page stands after the other headers, the tags of the
+page are closed as XML has it, a name that is not UTF-8 is one that no semaphore has, and a duration is there
+once and with a value.
 """
 
 from __future__ import annotations

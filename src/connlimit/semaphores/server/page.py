@@ -5,8 +5,13 @@ What the semaphores' server shows to people.
 from __future__ import annotations
 
 import struct
-from html import escape
+from collections.abc import Iterator
+from importlib.resources import files
 from typing import Any
+
+from twisted.python.failure import Failure
+from twisted.web.iweb import IRequest
+from twisted.web.template import Comment, Element, Flattenable, Tag, XMLString, flatten, renderer, tags
 
 #: What the page may load: nothing but its own icon.
 _POLICY = (
@@ -16,6 +21,8 @@ _POLICY = (
 
 HEADERS = (("Content-Security-Policy", _POLICY),)
 
+_DOCTYPE = b"<!DOCTYPE html>\n"
+
 NOT_FOUND = """\
 <!DOCTYPE html>
 <html lang="en">
@@ -24,50 +31,67 @@ NOT_FOUND = """\
 </html>
 """
 
-_WELCOME = """\
-<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>connlimit semaphores</title>
-<style>
-:root {{ color-scheme: light dark }}
-body {{ font: 1rem/1.5 system-ui, sans-serif; max-width: 50rem; margin: 2rem auto; padding: 0 1rem }}
-table {{ border-collapse: collapse; width: 100% }}
-th, td {{ text-align: right; padding: .25rem .5rem; border-bottom: 1px solid }}
-th:first-child {{ text-align: left; overflow-wrap: anywhere }}
-</style>
-</head>
-<body>
-<h1>Hello from Throttle!</h1>
-<p>These are the semaphores that connlimit serves here, by the protocol of Throttle.</p>
-{table}
-<p><a href="peers/">peers</a> · <a href="metrics">metrics</a> · <a href="health">health</a> ·
-<a href="version">version</a></p>
-</body>
-</html>
-"""
+_TEMPLATE = XMLString((files(__package__) / "static" / "welcome.xml").read_text(encoding="utf-8"))
 
 _COLUMNS = ("semaphore", "full count", "level", "acquired", "pending", "longest pending")
 
+#: How many semaphores are shown by one piece of the page, so that others need not wait for all of it.
+_ROWS = 50
 
-def welcome(facts: list[dict[str, Any]]) -> str:
+#: Where the rows stand: no text can look like this once it is escaped.
+_PLACE = "rows"
+
+
+class _Welcome(Element):
     """
     The page at the root.
+    """
+
+    loader = _TEMPLATE
+
+    def __init__(self, table: Flattenable) -> None:
+        super().__init__()
+        self._table = table
+
+    @renderer
+    def filled(self, request: IRequest | None, tag: Tag) -> Tag:
+        """
+        The page with its table.
+        """
+        return tag.fillSlots(table=self._table)
+
+
+def welcome(facts: list[dict[str, Any]]) -> Iterator[bytes]:
+    """
+    The page at the root, piece by piece.
 
     :param facts: what there is to tell of each semaphore.
     """
     if not facts:
-        return _WELCOME.format(table="<p>There are none yet.</p>")
-    head = "".join(f'<th scope="col">{column}</th>' for column in _COLUMNS)
-    body = "".join(
-        f'<tr><th scope="row">{escape(each["name"])}</th>'
-        f"<td>{each['full_count']}</td><td>{each['level']}</td><td>{each['acquired']}</td>"
-        f"<td>{each['pending']}</td><td>{each['longest_pending']:.0f} s</td></tr>"
-        for each in facts
-    )
-    return _WELCOME.format(table=f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>")
+        yield _DOCTYPE + _flat(_Welcome(tags.p("There are none yet."))) + b"\n"
+        return
+    head = tags.thead(tags.tr([tags.th(column, scope="col") for column in _COLUMNS]))
+    page = _flat(_Welcome(tags.table(head, tags.tbody(Comment(_PLACE)))))
+    before, _, after = page.partition(b"<!--%b-->" % _PLACE.encode())
+    for at in range(0, len(facts), _ROWS):
+        is_last = at + _ROWS >= len(facts)
+        rows = _flat([_row(each) for each in facts[at : at + _ROWS]])
+        yield (b"" if at else _DOCTYPE + before) + rows + (after + b"\n" if is_last else b"")
+
+
+def _row(facts: dict[str, Any]) -> Tag:
+    cells = [str(facts[each]) for each in ("full_count", "level", "acquired", "pending")]
+    cells.append(f"{facts['longest_pending']:.0f} s")
+    return tags.tr(tags.th(facts["name"], scope="row"), [tags.td(cell) for cell in cells])
+
+
+def _flat(what: Flattenable) -> bytes:
+    """
+    What it is in bytes; nothing in it takes time.
+    """
+    pieces: list[bytes] = []
+    flatten(None, what, pieces.append).addErrback(Failure.raiseException)
+    return b"".join(pieces)
 
 
 def _icon() -> bytes:

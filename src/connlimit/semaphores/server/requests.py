@@ -11,7 +11,7 @@ from typing import Any
 from urllib.parse import unquote_to_bytes
 
 from connlimit._system.durations import duration
-from connlimit.semaphores.server.http import TEXT, TOO_LONG, Answer, Request
+from connlimit.semaphores.server.http.messages import TEXT, TOO_LONG, Answer, Request
 
 _U64 = 2**64
 _I64 = 2**63

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import json
 import random
-import time
 from collections.abc import Callable, Iterator
 from functools import lru_cache
 from typing import Any
@@ -20,7 +19,9 @@ from connlimit._system.bounded_log import BoundedLog
 from connlimit._system.version import __version__
 from connlimit.semaphores.server import page
 from connlimit.semaphores.server.facts import metrics_text, peer_facts, semaphore_facts
-from connlimit.semaphores.server.http import HTML, JSON, TEXT, Answer, HttpFactory, Request
+from connlimit.semaphores.server.http.connection import HttpFactory
+from connlimit.semaphores.server.http.messages import HTML, JSON, TEXT, Answer, Request
+from connlimit.semaphores.server.http.shared import Shared, pieces_of
 from connlimit.semaphores.server.polls import Polls
 from connlimit.semaphores.server.records import Rejected
 from connlimit.semaphores.server.requests import (
@@ -39,9 +40,6 @@ from connlimit.semaphores.server.store import IStore, Unavailable
 
 #: How many peers are listed in one turn of the reactor.
 _SLICE = 500
-
-#: The longest answer that is made for each client alone, in bytes; for how many seconds a longer one is kept.
-_LARGE, _KEPT = 64 * 1024, 1.0
 
 #: How many routes are remembered, and how long their targets can be: peers ask again and again for the same.
 _ROUTES, _SHORT = 2048, 200
@@ -80,8 +78,7 @@ class SemaphoreSite(HttpFactory):
         self._in_flight = 0
         self._ends: Deferred[None] | None = None
         self._is_ready = True
-        # Answers that are large, and when they were made.
-        self._large: dict[str, tuple[float, Any]] = {}
+        self._shared = Shared()
         store.state.settled = self._polls.settled
         self._pages: dict[bytes, _Methods] = {
             b"": {b"GET": self._welcome},
@@ -210,7 +207,7 @@ class SemaphoreSite(HttpFactory):
     def _welcome(self, request: Request, query: Query) -> Answer:
         if b"text/html" not in request.header(b"Accept"):
             return Answer(200, b"Hello from Throttle!")
-        return self._shared("welcome", lambda: page.welcome(self._facts()), HTML, page.HEADERS)
+        return self._shared.answer("welcome", lambda: page.welcome(self._facts()), HTML, page.HEADERS)
 
     def _health(self, request: Request, query: Query) -> Answer:
         return _OK
@@ -222,32 +219,12 @@ class SemaphoreSite(HttpFactory):
         return Answer(200, page.ICON, "image/x-icon")
 
     def _metrics(self, request: Request, query: Query) -> Answer:
-        return self._shared("metrics", lambda: metrics_text(self._facts()), _METRICS)
+        return self._shared.answer(
+            "metrics", lambda: pieces_of(metrics_text(self._facts()).encode()), _METRICS
+        )
 
     def _facts(self) -> list[dict[str, Any]]:
         return semaphore_facts(self._store.state, self._store.seconds())
-
-    def _shared(
-        self, name: str, make: Callable[[], str], kind: str, headers: tuple[tuple[str, str], ...] = ()
-    ) -> Answer:
-        """
-        A page. A large one is the same for all who ask within a second, and written as they read it.
-        """
-        text = self._recent(name)
-        if text is None:
-            text = make().encode()
-            if len(text) > _LARGE:
-                self._large[name] = time.monotonic(), text
-        if len(text) <= _LARGE:
-            return Answer(200, text, kind, headers)
-        return Answer(200, _pieces(text), kind, headers)
-
-    def _recent(self, name: str) -> Any:
-        made, thing = self._large.get(name, (0.0, None))
-        if thing is not None and time.monotonic() - made < _KEPT:
-            return thing
-        self._large.pop(name, None)
-        return None
 
     # What clients ask for
 
@@ -270,10 +247,7 @@ class SemaphoreSite(HttpFactory):
         state = self._store.state
         if len(state.peers) <= _SLICE:
             return _json(list(peer_facts(state, self._store.seconds(), state.peers)))
-        numbers = self._recent("peers")
-        if numbers is None:
-            numbers = list(state.peers)
-            self._large["peers"] = time.monotonic(), numbers
+        numbers = self._shared.recent("peers") or self._shared.keep("peers", list(state.peers))
         return Answer(200, self._peer_slices(numbers), JSON)
 
     def _peer_slices(self, numbers: list[int]) -> Iterator[bytes]:
@@ -332,8 +306,3 @@ def _json(value: object) -> Answer:
 
 def _number(number: int, status: int = 200) -> Answer:
     return Answer(status, b"%d" % number, JSON)
-
-
-def _pieces(text: bytes) -> Iterator[bytes]:
-    for at in range(0, len(text), _LARGE):
-        yield text[at : at + _LARGE]

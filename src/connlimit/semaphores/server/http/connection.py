@@ -10,13 +10,10 @@ httptools's, which is strict: what could be understood in two ways is refused.
 from __future__ import annotations
 
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterator, Mapping
-from email.utils import formatdate
-from functools import lru_cache
+from collections.abc import Callable, Iterator
 from time import monotonic, time
 from typing import Any
 
-import attrs
 from httptools import (
     HttpParserCallbackError,
     HttpParserError,
@@ -33,12 +30,18 @@ from twisted.python.failure import Failure
 from zope.interface import implementer
 
 from connlimit._system.bounded_log import BoundedLog
+from connlimit.semaphores.server.http.messages import (
+    MOST_BODY,
+    TOO_LONG,
+    Answer,
+    Request,
+    chunked,
+    head,
+    whole,
+)
 
 #: The longest head of a request that is read, in bytes.
 MOST_HEAD = 16 * 1024
-
-#: The longest body that is read, in bytes; the rest of a longer one is thrown away as it comes.
-MOST_BODY = 64 * 1024
 
 #: How many bytes the pieces of a body may have besides the body.
 _MOST_FRAMING = MOST_HEAD + 8 * MOST_BODY
@@ -61,81 +64,7 @@ _LAST_WORDS = 2.0
 #: Seconds between two looks at who is late.
 _LOOK = 0.5
 
-TEXT = "text/plain; charset=utf-8"
-HTML = "text/html; charset=utf-8"
-JSON = "application/json"
-
-TOO_LONG = f"a body can have {MOST_BODY} bytes at most"
-
 _SORRY = "Something went wrong here; the log says what."
-
-_PHRASES = {
-    200: "OK",
-    202: "Accepted",
-    400: "Bad Request",
-    404: "Not Found",
-    405: "Method Not Allowed",
-    408: "Request Timeout",
-    409: "Conflict",
-    413: "Request Entity Too Large",
-    415: "Unsupported Media Type",
-    422: "Unprocessable Content",
-    429: "Too Many Requests",
-    431: "Request Header Fields Too Large",
-    500: "Internal Server Error",
-    501: "Not Implemented",
-    503: "Service Unavailable",
-}
-
-
-@attrs.define
-class Answer:
-    """
-    What a request is answered; not to be changed.
-
-    :ivar body: as a whole, or in pieces that are made as the client reads them.
-    :ivar headers: besides those that every answer has.
-    """
-
-    status: int
-    body: bytes | Iterator[bytes]
-    kind: str = TEXT
-    headers: tuple[tuple[str, str], ...] = ()
-
-
-@attrs.define(eq=False)
-class Request:
-    """
-    What a client asks for.
-
-    :ivar method: such as ``b"GET"``.
-    :ivar target: the path and the query, as they were sent.
-    :ivar body: no more of it than `MOST_BODY`.
-    :ivar is_too_long: whether something of the body was thrown away.
-    :ivar headers: the headers by their names, as they were sent.
-    :ivar is_persistent: whether the connection is kept when this is answered.
-    :ivar is_old: whether it is one of HTTP/1.0.
-    """
-
-    method: bytes
-    target: bytes
-    headers: Mapping[bytes, bytes]
-    is_persistent: bool
-    is_old: bool
-    body: bytes = b""
-    is_too_long: bool = False
-
-    def header(self, name: bytes) -> bytes:
-        """
-        The value of a header, the last if there are several; nothing if there is none.
-
-        :param name: its name in its usual spelling.
-        """
-        value = self.headers.get(name)
-        if value is None:
-            name = name.lower()
-            value = next((value for each, value in self.headers.items() if each.lower() == name), b"")
-        return value
 
 
 @implementer(IPushProducer)
@@ -371,21 +300,21 @@ class HttpConnection(Protocol):
             request.is_persistent = False
         body = answer.body
         if isinstance(body, bytes):
-            self._write(_whole(request, answer, body))
+            self._write(whole(request, answer, body))
             self._answered()
             return
         if request.is_old:
             request.is_persistent = False
         framing = "Connection: close" if request.is_old else "Transfer-Encoding: chunked"
         is_kept = request.is_persistent
-        head = _head(
+        lines = head(
             int(time()), request.is_old, is_kept, answer.status, answer.kind, answer.headers, framing
         )
-        self._write(b"".join(head))
+        self._write(b"".join(lines))
         if request.method == b"HEAD":
             self._answered()
         else:
-            self._pieces = body if request.is_old else _chunked(body)
+            self._pieces = body if request.is_old else chunked(body)
             self._later()
 
     def _write(self, data: bytes) -> None:
@@ -516,7 +445,7 @@ class HttpConnection(Protocol):
         self._is_deaf = True
         self._unparsed = b""
         body = f"{text}\n".encode()
-        self._write(_whole(Request(b"", b"", {}, False, False), Answer(status, body), body))
+        self._write(whole(Request(b"", b"", {}, False, False), Answer(status, body), body))
         self._resume()
         self.factory.expect(self, "refused")
 
@@ -606,42 +535,3 @@ class HttpFactory(Factory):
                     connection.late(what)
         if not any(self._expected.values()):
             self._looking.stop()
-
-
-def _chunked(pieces: Iterator[bytes]) -> Iterator[bytes]:
-    for piece in pieces:
-        if piece:
-            yield b"%x\r\n%b\r\n" % (len(piece), piece)
-    yield b"0\r\n\r\n"
-
-
-def _whole(request: Request, answer: Answer, body: bytes) -> bytes:
-    """
-    An answer of one piece.
-    """
-    start, end = _head(
-        int(time()), request.is_old, request.is_persistent, answer.status, answer.kind, answer.headers
-    )
-    return b"%b%d%b%b" % (start, len(body), end, b"" if request.method == b"HEAD" else body)
-
-
-@lru_cache(256)
-def _head(
-    now: int,
-    is_old: bool,
-    is_kept: bool,
-    status: int,
-    kind: str,
-    headers: tuple[tuple[str, str], ...],
-    framing: str = "Content-Length: ",
-) -> tuple[bytes, bytes]:
-    """
-    The head of an answer, in two parts: between them there is place for the end of the line of framing.
-    """
-    start = [f"HTTP/1.{0 if is_old else 1} {status} {_PHRASES[status]}"]
-    if not is_kept and not is_old:
-        start.append("Connection: close")
-    start += [f"Date: {formatdate(now, usegmt=True)}", f"Content-Type: {kind}", framing]
-    end = ["", "Cache-Control: no-store", "X-Content-Type-Options: nosniff"]
-    end += [f"{name}: {value}" for name, value in headers]
-    return "\r\n".join(start).encode(), "\r\n".join([*end, "", ""]).encode()
