@@ -177,7 +177,6 @@ def test_the_core_alone_works_and_says_which_extra_it_lacks(built: Path, environ
             "connlimit._twistd.semaphores.program": "httptools",
             "connlimit.semaphores.server.http.connection": "httptools",
             "connlimit.semaphores.server.redis_store": "txredisapi",
-            "connlimit.semaphores.server.requests": "httptools",
             "connlimit.semaphores.server.site": "httptools",
         }
         assert "--max-connections" in environment.run("twistd", "connlimit", "--help")
