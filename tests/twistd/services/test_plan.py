@@ -8,13 +8,16 @@ from typing import Any
 
 import attrs
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from connlimit._limiter.settings import Settings
 from connlimit._twistd.config import Config, LimiterConfig, ServiceConfig, StatusConfig
 from connlimit._twistd.services.plan import Plan, Step, plan
 from connlimit._twistd.targets.relay_options import RelayOptions
+
+#: Configs are large, and the machine may be busy.
+UNHURRIED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 LISTEN = st.sampled_from([(), ("tcp:1",), ("tcp:2",), ("tcp:1", "tcp:2")])
 LIMITERS = st.builds(
@@ -90,6 +93,7 @@ def carried_out(old: Config, new: Config) -> Config:
     return changed
 
 
+@UNHURRIED
 @given(configs(), configs())
 def test_whatever_ran_and_is_to_run_the_steps_of_a_plan_lead_from_one_to_the_other(
     old: Config, new: Config
@@ -98,11 +102,13 @@ def test_whatever_ran_and_is_to_run_the_steps_of_a_plan_lead_from_one_to_the_oth
     assert carried_out(old, new) == attrs.evolve(new, **last)
 
 
+@UNHURRIED
 @given(configs())
 def test_a_plan_for_what_runs_already_is_empty(config: Config) -> None:
     assert plan(config, config) == Plan(config, {}, {}, False, ())
 
 
+@UNHURRIED
 @given(configs(), configs())
 def test_what_is_left_of_a_plan_that_was_carried_out_is_for_the_next_start(old: Config, new: Config) -> None:
     first = plan(old, new)
@@ -110,6 +116,7 @@ def test_what_is_left_of_a_plan_that_was_carried_out_is_for_the_next_start(old: 
     assert second == Plan(first.config, {}, {}, False, first.at_next_start)
 
 
+@UNHURRIED
 @given(configs(), configs())
 def test_no_service_goes_on_behind_a_limiter_that_is_another_one(old: Config, new: Config) -> None:
     todo = plan(old, new)
@@ -145,8 +152,8 @@ def test_a_limiter_that_is_shared_elsewhere_takes_its_services_with_it() -> None
     new = attrs.evolve(ONE, limiters={"web": attrs.evolve(WEB, shared="redis://other")})
     todo = plan(ONE, new)
     assert (todo.limiters, todo.services) == ({"web": Step.REPLACE}, {"site": Step.REPLACE})
-    settings = Settings(max_connections=9, name="web")
-    todo = plan(ONE, attrs.evolve(ONE, limiters={"web": LimiterConfig(settings)}))
+    more = LimiterConfig(Settings(max_connections=9, name="web"))
+    todo = plan(ONE, attrs.evolve(ONE, limiters={"web": more}))
     assert (todo.limiters, todo.services) == ({"web": Step.CHANGE}, {})
 
 
