@@ -573,7 +573,7 @@ class Admission:
 
         :return: whether it was.
         """
-        if self._must_not_wait(connection):
+        if self.settings.over_peer == "refuse" and self.limits.is_at_cap(connection):
             self.refuse(connection, PEER)
             return True
         aside = self.limits.aside_for(connection)
@@ -645,20 +645,15 @@ class Admission:
         """
         if self.is_draining:
             return DRAINING
-        if self._must_not_wait(connection):
+        settings = self.settings
+        if settings.over_peer == "refuse" and self.limits.is_at_cap(connection):
             return PEER
-        if self.limits.is_waiting_useless():
+        if self.limits.refusing and self.limits.is_waiting_useless():
             return FULL
-        most = self.settings.max_waiting
+        most = settings.max_waiting
         if most is not None and len(self.queue) >= most:
             return FULL
         return None if self._has_descriptors() else DESCRIPTORS
-
-    def _must_not_wait(self, connection: IConnection) -> bool:
-        """
-        Whether the connection's peer is at its cap and does not wait for it.
-        """
-        return self.settings.over_peer == "refuse" and self.limits.is_at_cap(connection)
 
     def _has_descriptors(self) -> bool:
         """

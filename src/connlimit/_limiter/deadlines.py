@@ -118,7 +118,7 @@ class Deadlines:
         """
         if self._unnotified:
             self._unnotified.pop(connection, None)
-        if not self._queue:
+        if not (self._queue.order or self._queue):
             self._stop()
             if self._drains:
                 self._start()

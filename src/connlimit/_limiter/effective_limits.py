@@ -38,6 +38,7 @@ class EffectiveLimits:
     :ivar given: the further limits.
     :ivar most: how many connections ``max_connections`` lets be served at once.
     :ivar further: all the others as one; None if there are none.
+    :ivar refusing: those that can say that waiting is useless.
     :ivar peer: what tells the peer of an address.
     """
 
@@ -50,11 +51,11 @@ class EffectiveLimits:
         "_log",
         "_peers",
         "_rate",
-        "_refusing",
         "further",
         "given",
         "most",
         "peer",
+        "refusing",
     )
 
     def __init__(
@@ -81,7 +82,7 @@ class EffectiveLimits:
         # A key is known with the id of its limit, which need not be hashable.
         self._by_id: dict[int, Any] = {}
         self._failing: set[int] = set()
-        self._refusing = tuple(limit for limit in self.given if IRefusingLimit.providedBy(limit))
+        self.refusing = tuple(limit for limit in self.given if IRefusingLimit.providedBy(limit))
         self.change(settings, SETTINGS, self.peer, ())
 
     def change(
@@ -207,7 +208,7 @@ class EffectiveLimits:
         """
         Whether a limit says that nobody is to wait. One that fails to tell does not.
         """
-        for limit in self._refusing:
+        for limit in self.refusing:
             try:
                 if limit.refuses():
                     return True
