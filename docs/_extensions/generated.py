@@ -22,8 +22,7 @@ from zope.interface.interface import InterfaceClass, Method
 import connlimit
 from connlimit import Limiter, interfaces
 from connlimit._connection.known_protocols import KINDS
-from connlimit._limiter.settings import FIELDS
-from connlimit._limiter.values import Kind, shown
+from connlimit._limiter.settings import FIELDS, values
 from connlimit._twistd.command_line import Options
 from connlimit._twistd.config import Config, ServiceConfig, StatusConfig
 from connlimit._twistd.semaphores.command_line import Options as SemaphoresOptions
@@ -60,12 +59,7 @@ def settings() -> str:
     """
     rows = [("Setting", "Values as text", "Default", "Means")]
     for name, field in FIELDS.items():
-        kind: Kind = field.metadata["kind"]
-        texts = field.metadata["unit"] or kind.in_text
-        if isinstance(field.default, bool):
-            default = "yes" if field.default else "no"
-        else:
-            default = shown(field.default).replace("'", "")
+        texts, default = values(field)
         rows.append((f"``{name}``", texts, default, field.metadata["help"]))
     return _table("20 22 12 46", rows)
 
@@ -118,13 +112,14 @@ def _indented(text: str, by: int) -> list[str]:
 
 class OptionsDirective(SphinxDirective):
     """
-    What ``--help`` says of a program, before it lists other plugins.
+    What ``--help`` says of a program, but for the plugins that are installed.
     """
 
     parser: type[usage.Options] = Options
 
     def run(self) -> list[nodes.Node]:
-        text = self.parser().getUsage(80).split("Commands:")[0].rstrip()
+        documented = type("Documented", (self.parser,), {"subCommands": ()})
+        text = documented().getUsage(80).strip()
         return [nodes.literal_block(text, text, language="text")]
 
 

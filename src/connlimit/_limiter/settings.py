@@ -17,8 +17,12 @@ from connlimit.refusals import close
 T = TypeVar("T")
 
 
-def _setting(default: Any, kind: Kind, unit: str, help: str) -> Any:
-    return attrs.field(default=default, metadata={"kind": kind, "unit": unit, "help": help})
+#: What settings are about, in the order of the help text.
+LIMITS_GROUP, QUEUE, REFUSING, SEEING = "Limits", "Queue", "Refusing", "Seeing"
+
+
+def _setting(default: Any, kind: Kind, unit: str, group: str, help: str) -> Any:
+    return attrs.field(default=default, metadata={"kind": kind, "unit": unit, "group": group, "help": help})
 
 
 @attrs.frozen(kw_only=True)
@@ -28,78 +32,129 @@ class Settings:
     """
 
     max_connections: int | None = _setting(
-        None, kinds.COUNT.or_none(), "connections", "how many connections are served at once"
+        None, kinds.COUNT.or_none(), "connections", LIMITS_GROUP, "how many connections are served at once"
     )
     max_per_peer: int | None = _setting(
         None,
         kinds.COUNT_ABOVE_ZERO.or_none(),
         "connections",
+        LIMITS_GROUP,
         "how many connections of one peer are served at once",
     )
     peer_prefix: tuple[int, int] = _setting(
-        (32, 64), kinds.PREFIX, "bits, bits", "how much of an IPv4 and of an IPv6 address makes a peer"
+        (32, 64),
+        kinds.PREFIX,
+        "bits, bits",
+        LIMITS_GROUP,
+        "how many bits of an IPv4 and of an IPv6 address make a peer",
     )
     over_peer: str = _setting(
         "wait",
         kinds.one_of("wait", "refuse"),
         "",
-        "what becomes of a connection whose peer is at its cap: it waits, or is refused",
+        LIMITS_GROUP,
+        "what happens to a connection whose peer is at its cap: it waits, or is refused",
     )
     max_rate: float | None = _setting(
-        None, kinds.RATE.or_none(), "per second", "how many connections begin to be served in a second"
+        None,
+        kinds.RATE.or_none(),
+        "per second",
+        LIMITS_GROUP,
+        "how many connections begin to be served in a second",
     )
     max_burst: int | None = _setting(
         None,
         kinds.COUNT_ABOVE_ZERO.or_none(),
         "connections",
-        "how many of these may begin at once; if not given, as many as in a second, at least 1",
+        LIMITS_GROUP,
+        "how many of these may begin at once; none: as many as in a second, at least 1",
     )
     max_waiting: int | None = _setting(
         None,
         kinds.COUNT.or_none(),
         "connections",
-        "how many connections may wait in the line; if not given, as many as the descriptors allow",
+        QUEUE,
+        "how many connections may wait in the queue; none: as many as the file descriptors allow",
     )
     wait_timeout: float | None = _setting(
-        None, kinds.SECONDS.or_none(), "seconds", "how long a connection may wait before it is refused"
+        None,
+        kinds.SECONDS.or_none(),
+        "seconds",
+        QUEUE,
+        "how long a connection may wait before it is refused",
     )
-    order: Any = _setting("fifo", kinds.ORDER, "", "whose turn it is: the order of the line")
+    order: Any = _setting(
+        "fifo",
+        kinds.ORDER,
+        "",
+        QUEUE,
+        "whose turn it is: first come, first served (fifo); the newest first (lifo); the peers in turn"
+        " (fair); first come, first served until the queue is overloaded, then the newest first (adaptive)",
+    )
     adaptive_target: float = _setting(
-        0.5, kinds.SECONDS, "seconds", "order adaptive: the wait above which the line is too long"
-    )
-    adaptive_interval: float = _setting(
-        10.0,
+        0.5,
         kinds.SECONDS,
         "seconds",
-        "order adaptive: for how long it may be too long before that is overload",
+        QUEUE,
+        "with order adaptive: the queue is overloaded when waits are longer than this ...",
+    )
+    adaptive_interval: float = _setting(
+        10.0, kinds.SECONDS, "seconds", QUEUE, "with order adaptive: ... for this time without a break"
     )
     departed_on_half_close: bool | str = _setting(
         "auto",
         kinds.AUTO,
         "",
-        "whether a waiting client that closes its direction, having sent data, has departed; auto: yes where"
-        " the protocol is of a kind that answers, such as HTTP",
+        QUEUE,
+        "whether a waiting client that has sent data and then closed its direction has departed; auto: yes"
+        " where the protocol is of a kind that answers, such as HTTP",
     )
     notice: tuple[float, Any] | None = _setting(
-        None, kinds.NOTICE, "seconds, text", "what a waiting client is told once, after so many seconds"
+        None,
+        kinds.NOTICE,
+        "seconds, text",
+        QUEUE,
+        "what a waiting client is told, once, and after which time, such as '5s please wait'",
     )
     idle_timeout: float | None = _setting(
         None,
         kinds.SECONDS.or_none(),
         "seconds",
-        "while somebody waits, close a served connection that moved no byte for so long (Linux)",
+        LIMITS_GROUP,
+        "while somebody waits, close served connections that moved no byte for this time, the longest idle"
+        " first (Linux, TCP)",
     )
     exempt: Any = _setting(
-        None, kinds.NETWORKS, "networks", "peers that are always served at once and take no slot"
+        None,
+        kinds.NETWORKS,
+        "networks",
+        LIMITS_GROUP,
+        "networks whose clients are served at once and take no slot",
     )
-    refusal: Any = _setting(close, kinds.REFUSAL, "", "what a refused client gets")
+    refusal: Any = _setting(
+        close,
+        kinds.REFUSAL,
+        "",
+        REFUSING,
+        "what a refused client gets: a closed connection, a reset, a text, or the words of a protocol",
+    )
     dry_run: bool = _setting(
-        False, kinds.FLAG, "", "serve everybody, and report who would have waited or been refused"
+        False,
+        kinds.FLAG,
+        "",
+        SEEING,
+        "serve everybody, and report who would have waited or been refused",
     )
     log: bool = _setting(
-        True, kinds.FLAG, "", "log when it is full, by which limit, and when it has room again"
+        True,
+        kinds.FLAG,
+        "",
+        SEEING,
+        "log when the limiter is full, and by which limit, and when it has room again",
     )
-    name: str = _setting("default", kinds.NAME, "text", "what the limiter is called in logs and metrics")
+    name: str = _setting(
+        "default", kinds.NAME, "text", SEEING, "what the limiter is called in logs and metrics"
+    )
 
     def evolve(self, changes: Mapping[str, Any], spell: Callable[[str], str] = str) -> Settings:
         """
@@ -147,13 +202,16 @@ def check_limits(given: Container[str], spell: Callable[[str], str], none: str) 
         )
 
 
-def values(field: attrs.Attribute[Any]) -> str:
+def values(field: attrs.Attribute[Any]) -> tuple[str, str]:
     """
-    Which texts a setting can have, and which is meant if there is none, for a help text.
+    Which texts a setting can have, and which of them is its default, for a help text.
     """
-    what = field.metadata["unit"] or field.metadata["kind"].in_text
-    default = "yes" if field.default is True else "no" if field.default is False else shown(field.default)
-    return f"[{what}]" if field.default is None else f"[{what}; default: {default}]".replace("'", "")
+    kind: Kind = field.metadata["kind"]
+    texts = field.metadata["unit"] or (either(kind.choices) if len(kind.choices) < 6 else kind.in_text)
+    default = field.default
+    if isinstance(default, bool):
+        return texts, "yes" if default else "no"
+    return texts.replace("'", ""), f"{default:g}" if isinstance(default, float) else shown(default).strip("'")
 
 
 def _converted(name: str, value: Any) -> Any:

@@ -11,7 +11,17 @@ from typing import Any
 
 from twisted.python import usage
 
-from connlimit._limiter.settings import FIELDS, Settings, check_limits, parse, values
+from connlimit._limiter.settings import (
+    FIELDS,
+    LIMITS_GROUP,
+    QUEUE,
+    REFUSING,
+    SEEING,
+    Settings,
+    check_limits,
+    parse,
+    values,
+)
 from connlimit._listening.ports import WHEN_FULL
 from connlimit._twistd.config import (
     DRAIN_TIMEOUT,
@@ -25,7 +35,7 @@ from connlimit._twistd.config import (
     StatusConfig,
 )
 from connlimit._twistd.config_file import read
-from connlimit._twistd.options import ProgramOptions
+from connlimit._twistd.options import ProgramOptions, parameter
 from connlimit._twistd.processes.parent import Parent
 from connlimit._twistd.processes.role import Alone
 from connlimit._twistd.program import CannotStart, Program
@@ -38,6 +48,14 @@ from connlimit._twistd.toml import ConfigError, source
 from connlimit.shared.by_url import read_url
 
 _spell = Spelling().name
+
+
+def _settings(group: str) -> list[str]:
+    """
+    The options of a group's settings.
+    """
+    return [name.replace("_", "-") for name, field in FIELDS.items() if field.metadata["group"] == group]
+
 
 # The options that go with --config.
 _WITH_CONFIG = ("config", "check-config")
@@ -76,85 +94,95 @@ class Options(ProgramOptions):
     described: Config
     parts: dict[str, Parts]
 
-    synopsis = (
-        "[limits] [--listen ENDPOINT]... [--forward ENDPOINT | --factory MODULE:NAME]"
-        "  or  [limits] --tac FILE  or  [limits] PLUGIN [its options]"
-    )
+    synopsis = "[options] [PLUGIN [its options]]"
     longdesc = (
-        "Serves so many connections at once and lets the others wait in line, paused. What is limited: "
-        "another server (--forward), a factory (--factory), an application (--tac), or any other twistd "
-        "plugin, named after the limits, with options of its own. With nothing to limit, a slow web page "
-        "shows how it works."
+        "Serves a limited number of connections at once; the others wait in a queue, paused. What it limits"
+        " is another server (--forward), a factory (--factory), an application (--tac), or another twistd"
+        " plugin, whose name and options follow those of connlimit. Without any of these, a slow web page"
+        " shows how it works. Times are numbers of seconds, or texts such as 500ms, 30s, 5min or 2h."
     )
     optParameters = [
-        [name.replace("_", "-"), None, None, f"{field.metadata['help']} {values(field)}"]
-        for name, field in FIELDS.items()
-    ] + [
-        [
-            "when-full",
-            None,
-            "refuse",
-            "what a port does when there is no place for one more: refuse, or stop-accepting",
-        ],
-        [
-            "drain-timeout",
-            None,
-            "0",
-            "how long the connections that are served may take to end when the program is stopped [seconds]",
-        ],
-        ["forward", None, None, "relay to the server at this client endpoint, such as tcp:localhost:9000"],
         *(
-            [name.replace("_", "-"), None, f"{field.default:g}", f"{field.metadata['help']} [seconds]"]
+            parameter(
+                name.replace("_", "-"), field.metadata["help"], values(field)[0], None, values(field)[1]
+            )
+            for name, field in FIELDS.items()
+        ),
+        parameter(
+            "when-full",
+            "what a port does when nobody more can be served or wait",
+            "refuse or stop-accepting",
+            "refuse",
+        ),
+        parameter(
+            "drain-timeout",
+            "how long served connections may take to end when the program is stopped",
+            "seconds",
+            "0",
+        ),
+        parameter("forward", "relay to the server at this client endpoint, such as tcp:localhost:9000"),
+        *(
+            parameter(
+                name.replace("_", "-"),
+                f"with --forward: {field.metadata['help']}",
+                "seconds",
+                f"{field.default:g}",
+            )
             for name, field in RELAY_FIELDS.items()
             if field.default is not False
         ),
-        [
+        parameter(
             "shared",
-            None,
-            None,
-            "share max-connections with all processes that give this Redis URL and this name, or take the"
-            " slots of the semaphore of this name from the server at this http URL",
-        ],
-        [
-            "shared-file",
-            None,
-            None,
-            "the same with the URL in this file, where nobody else sees its password",
-        ],
-        [
+            "share max-connections with all processes that give this Redis URL and the same name, or take"
+            " slots of the semaphore of that name from the server at this http URL",
+        ),
+        parameter("shared-file", "the same with the URL in this file, where nobody else sees its password"),
+        parameter(
             "status",
-            None,
-            None,
-            "show a status page at this server endpoint, such as tcp:8081; on loopback unless that gives an"
+            "serve a status page at this server endpoint, such as tcp:8081; on loopback unless it gives an"
             " interface",
-        ],
-        ["config", None, None, "take everything from this TOML file; SIGHUP reads it again"],
-        [
+        ),
+        parameter("config", "take everything from this TOML file; SIGHUP reads it again"),
+        parameter(
             "processes",
-            None,
+            "serve in this number of worker processes, which share max-connections; the other limits hold in"
+            " each",
+            "processes",
             "1",
-            "serve in so many processes, which share max-connections; the other limits hold in each",
-        ],
-        [
+        ),
+        parameter(
             "worker-timeout",
-            None,
+            "how long a worker may give no answer before it is killed and replaced",
+            "seconds",
             f"{WORKER_TIMEOUT:.0f}",
-            "how long one of several processes may be without an answer to its parent before it is killed and"
-            " started again [seconds]",
-        ],
-        [
-            "tac",
-            None,
-            None,
-            "run the application of this .tac file, the limits before all that listens in it",
-        ],
-        ["factory", None, None, "serve with this factory, or what this callable returns, as MODULE:NAME"],
+        ),
+        parameter("tac", "run the application of this .tac file, and limit all that listens in it"),
+        parameter("factory", "serve with this factory, or what this callable returns, as MODULE:NAME"),
     ]
 
     optFlags = [
         ["check-config", None, "say what --config would do, or what is wrong with it, and exit"],
-        ["log-connections", None, "tell of each connection in the log"],
-        ["send-proxy", None, RELAY_FIELDS["send_proxy"].metadata["help"]],
+        ["log-connections", None, "log every connection, at the level debug"],
+        ["send-proxy", None, f"with --forward: {RELAY_FIELDS['send_proxy'].metadata['help']}"],
+    ]
+
+    groups = {
+        "What is limited": ["listen", "forward", "factory", "tac", "skip", "config", "check-config"],
+        LIMITS_GROUP: [*_settings(LIMITS_GROUP), "shared", "shared-file"],
+        QUEUE: _settings(QUEUE),
+        REFUSING: [*_settings(REFUSING), "when-full"],
+        "Stopping": ["drain-timeout"],
+        SEEING: [*_settings(SEEING), "log-connections", "status", "status-host"],
+        "Relay": [name.replace("_", "-") for name in RELAY_FIELDS],
+        "Processes": ["processes", "worker-timeout"],
+        "Program": ["help", "version"],
+    }
+
+    examples = [
+        "twistd -n connlimit --listen tcp:8080 --forward tcp:localhost:9000 \\",
+        "    --max-connections 100 --max-waiting 1000 --wait-timeout 30s",
+        "twistd -n connlimit --max-connections 100 web --listen tcp:8080 --path .",
+        "twistd -n connlimit --config connlimit.toml",
     ]
 
     @property

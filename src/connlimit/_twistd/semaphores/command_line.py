@@ -13,7 +13,7 @@ from connlimit._limiter.values import COUNT_ABOVE_ZERO, duration
 from connlimit._listening.checked_endpoints import server_endpoint, status_endpoint
 from connlimit._system import descriptors
 from connlimit._system.clock import clock_of
-from connlimit._twistd.options import ProgramOptions
+from connlimit._twistd.options import ProgramOptions, parameter
 from connlimit._twistd.program import CannotStart, Program
 from connlimit._twistd.semaphores.config_file import read
 from connlimit._twistd.toml import ConfigError
@@ -22,7 +22,8 @@ from connlimit.semaphores.server.store import IStore, MemoryStore
 from connlimit.shared.by_url import renamed
 from connlimit.status import status_service
 
-_LISTEN = "tcp:8000:interface=127.0.0.1"
+#: Where it listens if nothing is said.
+LISTEN = "tcp:8000:interface=127.0.0.1"
 
 #: The file that is read if none is named; it may be missing.
 _CONFIG = "throttle.toml"
@@ -35,51 +36,68 @@ class Options(ProgramOptions):
 
     program = "connlimit-semaphores"
 
-    synopsis = "[--listen ENDPOINT]... [--config FILE] [options]"
+    synopsis = "[options]"
     longdesc = (
-        "Serves named semaphores over HTTP, to clients of Throttle in any language: jobs that take so much of"
-        " something at once that others must wait. Everything is kept in memory, unless there is a --store."
+        "Serves named semaphores over HTTP, to clients of Throttle in any language: each job takes a lock,"
+        " and waits in a queue when too little is left. Everything is kept in memory, unless there is a"
+        " --store. Times are numbers of seconds, or texts such as 500ms, 30s, 5min or 2h."
     )
     optParameters = [
-        [
+        parameter(
             "config",
-            None,
-            None,
-            f"the semaphores, as a TOML file, which must exist; SIGHUP reads it again [default: {_CONFIG}, "
-            "if there is one]",
-        ],
-        [
+            "the semaphores, as a TOML file, which must exist; SIGHUP reads it again",
+            shown=f"{_CONFIG}, if there is one",
+        ),
+        parameter(
             "grace",
-            None,
+            "for this time after the start, grant locks only to those who held them before",
+            "seconds",
             "0",
-            "after the start, give those who held locks so long to say so before others get any [seconds]",
-        ],
-        ["store", None, None, "keep the state in the Redis at this URL, which several servers can share"],
-        [
+        ),
+        parameter("store", "keep the state in the Redis at this URL, which several servers can share"),
+        parameter(
             "max-peers",
-            None,
-            None,
-            f"how many peers there can be at once [default: {MOST_PEERS}, or as many as the store says]",
-        ],
-        [
+            "how many peers there can be at once",
+            "peers",
+            shown=f"{MOST_PEERS}, or as many as the store says",
+        ),
+        parameter(
             "max-per-peer",
-            None,
-            None,
-            "how many connections one address can have at once [default: half of all that there can be]",
-        ],
-        [
+            "how many connections one address can have at once",
+            "connections",
+            shown="half of all that there can be",
+        ),
+        parameter(
             "drain-timeout",
-            None,
+            "how long requests may still wait for their locks when the program is stopped",
+            "seconds",
             "30",
-            "how long requests may still wait for their locks when the program is stopped [seconds]",
-        ],
-        [
+        ),
+        parameter(
             "status",
-            None,
-            None,
-            "show a status page at this endpoint, such as tcp:8081; on loopback unless it gives an interface",
-        ],
+            "serve a status page at this server endpoint, such as tcp:8081; on loopback unless it gives an"
+            " interface",
+        ),
     ]
+
+    groups = {
+        "What is served": ["listen", "config", "store"],
+        "Limits": ["max-peers", "max-per-peer"],
+        "Starting and stopping": ["grace", "drain-timeout"],
+        "Seeing": ["status", "status-host"],
+        "Program": ["help", "version"],
+    }
+
+    examples = [
+        "twistd -n connlimit-semaphores --listen tcp:8000:interface=127.0.0.1 \\",
+        "    --config throttle.toml --status tcp:8081",
+    ]
+
+    def opt_listen(self, description: str) -> None:
+        """
+        listen at this server endpoint; can be given several times [default: tcp:8000:interface=127.0.0.1]
+        """
+        super().opt_listen(description)
 
     def postOptions(self) -> None:
         """
@@ -103,7 +121,7 @@ class Options(ProgramOptions):
                 raise usage.UsageError(
                     "--max-peers must be left out with --store and no file, which change nothing"
                 )
-            self["endpoints"] = [server_endpoint(reactor, each) for each in self["listen"] or [_LISTEN]]
+            self["endpoints"] = [server_endpoint(reactor, each) for each in self["listen"] or [LISTEN]]
             self["status-endpoint"] = status_endpoint(reactor, self["status"]) if self["status"] else None
             self["kept"] = _store(self["store"], State(), reactor)
             _demand_httptools()
