@@ -30,7 +30,6 @@ logged, the occupant is treated as `connlimit.interfaces` says, and everybody el
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Hashable, Iterable
 from collections.abc import Set as AbstractSet
 from functools import partial
@@ -50,7 +49,7 @@ from connlimit._limiter.effective_limits import EffectiveLimits
 from connlimit._limiter.peers import peer_key
 from connlimit._limiter.queue import Keys, Queue, new_order
 from connlimit._limiter.settings import Settings
-from connlimit._limiter.slots import Slots
+from connlimit._limiter.slots import Demand, Slots
 from connlimit._system.bounded_log import BoundedLog
 from connlimit._system.clock import ReactorClock
 from connlimit.interfaces import (
@@ -698,33 +697,17 @@ class Admission:
         for key in self.limits.failed_keys():
             self.queue.call_back(key)
         self.serve_queue()
-        if self.settings.idle_timeout is not None:
-            self._close_idle(active, self.settings.idle_timeout)
+        timeout = self.settings.idle_timeout
+        if timeout is not None:
+            closed = self.slots.close_idle(active, timeout, self.clock.seconds(), self._demand())
+            self.counts.idle_closed += closed
 
-    def _close_idle(self, active: list[IConnection], timeout: float) -> None:
+    def _demand(self) -> Demand:
         """
-        Close those who were idle for too long, longest idle first, as many as that would really serve.
-        """
-        wanted = self._wanted()
-        if not wanted:
-            return
-        for connection in active:
-            if connection.slot in self.slots.closing:
-                self._take_wanted(wanted, connection)
-        for connection in self.slots.idle(active, timeout, self.clock.seconds()):
-            if not wanted:
-                break
-            if connection.slot is not None and self._take_wanted(wanted, connection):
-                self.counts.idle_closed += 1
-                self.slots.closing.add(connection.slot)
-                connection.close()
-
-    def _wanted(self) -> Counter[Hashable]:
-        """
-        How many of those who wait would be served if any slot were free (None), and if one of a key were.
+        Of how many slots those who wait could make use now.
         """
         slots, limits = self.slots, self.limits
-        wanted: Counter[Hashable] = Counter(self.queue.aside())
+        below = self.queue.aside()
         ready = self.queue.ready
         if slots.taken < limits.most and self.budget.may_serve() and limits.lacks_rate():
             ready = 0  # slots are there
@@ -733,18 +716,5 @@ class Admission:
         soon = limits.rate_within(AUDIT_INTERVAL)
         if soon is not None:
             ready = min(ready, soon)
-            wanted = Counter({key: min(count, soon) for key, count in wanted.items()})
-        wanted[None] = ready
-        return +wanted
-
-    def _take_wanted(self, wanted: Counter[Hashable], connection: IConnection) -> bool:
-        """
-        Whether the end of a connection would serve somebody; that one is counted no more.
-        """
-        for key in (None, *self.limits.keys(connection)):
-            if key in wanted:
-                wanted[key] -= 1
-                if not wanted[key]:
-                    del wanted[key]
-                return True
-        return False
+            below = {key: min(count, soon) for key, count in below.items()}
+        return Demand(ready, below, limits.keys)

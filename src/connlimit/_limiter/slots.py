@@ -4,7 +4,8 @@ Who holds a slot, which of them are dead or idle, and which were lost to garbage
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from operator import itemgetter
 from typing import Any
 from weakref import ref
@@ -46,6 +47,36 @@ class NullConnection:
         return None
 
     def is_at_rest(self, quiet: float | None) -> bool:
+        return False
+
+
+class Demand:
+    """
+    Of how many slots those who wait could make use: of any, and of those of one key.
+    """
+
+    def __init__(
+        self, of_any: int, of_keys: Mapping[Hashable, int], keys: Callable[[IConnection], Iterable[Hashable]]
+    ) -> None:
+        """
+        :param keys: the keys of a connection.
+        """
+        self._wanted: Counter[Hashable] = +Counter({**of_keys, None: of_any})
+        self._keys = keys
+
+    def __bool__(self) -> bool:
+        return bool(self._wanted)
+
+    def is_met_by(self, connection: IConnection) -> bool:
+        """
+        Whether the end of a connection would serve somebody; that one is counted no more.
+        """
+        for key in (None, *self._keys(connection)):
+            if key in self._wanted:
+                self._wanted[key] -= 1
+                if not self._wanted[key]:
+                    del self._wanted[key]
+                return True
         return False
 
 
@@ -133,18 +164,32 @@ class Slots:
         self.served_at = {} if are_kept else None
         self._known_from = now
 
-    def idle(self, connections: list[IConnection], timeout: float, now: float) -> list[IConnection]:
+    def close_idle(self, connections: list[IConnection], timeout: float, now: float, demand: Demand) -> int:
         """
-        Those of the connections that have been idle for so many seconds, longest first.
+        Close those of the connections that were idle for too long, longest idle first, as far as their slots
+        are in demand.
+
+        :return: how many were closed.
         """
+        if not demand:
+            return 0
         idle = []
         for connection in connections:
-            if connection.slot is None or connection.slot in self.exempt or connection.slot in self.closing:
+            if connection.slot is None or connection.slot in self.exempt:
                 continue
-            seconds = self._idle(connection, now)
-            if seconds is not None and seconds >= timeout:
+            if connection.slot in self.closing:
+                demand.is_met_by(connection)
+            elif (seconds := self._idle(connection, now)) is not None and seconds >= timeout:
                 idle.append((seconds, connection))
-        return [connection for _, connection in sorted(idle, key=itemgetter(0), reverse=True)]
+        closed = 0
+        for _, connection in sorted(idle, key=itemgetter(0), reverse=True):
+            if not demand:
+                break
+            if connection.slot is not None and demand.is_met_by(connection):
+                closed += 1
+                self.closing.add(connection.slot)
+                connection.close()
+        return closed
 
     def _idle(self, connection: IConnection, now: float) -> float | None:
         """
