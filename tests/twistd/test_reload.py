@@ -87,6 +87,17 @@ def test_services_come_and_go_while_connections_stay(configured: Running) -> Non
             assert ask(newest) == b"bye you\r\n"
 
 
+def test_what_only_the_next_start_changes_is_logged_and_changes_nothing(configured: Running) -> None:
+    with configured.connect() as client:
+        assert ask(client) == b"hello you\r\n"
+        text = "processes = 2\n[limiters.main]\nmax_connections = 3\n" + configured.service()
+        configured.write(text)
+        configured.reload()
+        configured.program.wait_for("processes changes with the next start of the program")
+        assert configured.limiter()["max_connections"] == 3
+        assert ask(client) == b"hello you\r\n"
+
+
 def test_a_service_can_move_and_those_who_wait_for_it_keep_their_places(configured: Running) -> None:
     clients = [configured.connect() for _ in range(3)]
     configured.until(active=2, waiting=1)

@@ -17,7 +17,7 @@ from connlimit import Limiter
 from connlimit._twistd.config import ServiceConfig
 from connlimit._twistd.processes.role import Alone
 from connlimit._twistd.services.parts import Parts
-from connlimit._twistd.services.units import ServiceUnit, started, stopped
+from connlimit._twistd.services.units import PluginUnit, ServiceUnit, started, stopped
 
 
 @ensureDeferred
@@ -111,3 +111,31 @@ def test_an_endpoint_that_fails_later_is_logged() -> None:
         endpoint.listening.errback(OSError("no"))
     assert log.texts() == ["service late does not listen at later"]
     assert unit.opened() == ["later"]
+
+
+class Noting(Service):
+    """
+    A service that notes how it is started.
+    """
+
+    def __init__(self) -> None:
+        self.started: list[str] = []
+
+    def privilegedStartService(self) -> None:
+        self.started.append("privileged")
+
+    def startService(self) -> None:
+        self.started.append("started")
+
+
+@pytest.mark.parametrize("has_privileges", [True, False])
+def test_a_plugin_starts_the_rest_when_the_privileges_are_given_up(has_privileges: bool) -> None:
+    service = Noting()
+    config = ServiceConfig("plugin", "default", plugin=("noting",))
+    unit = PluginUnit(Parts(config, {}, None, lambda limiter: service), Limiter(1), Alone(), has_privileges)
+    unit.open("noting")
+    assert service.started == (["privileged"] if has_privileges else ["privileged", "started"])
+    if has_privileges:
+        unit.start()
+        assert service.started == ["privileged", "started"]
+    assert unit.opened() == ["noting"]
