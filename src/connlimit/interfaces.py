@@ -173,31 +173,46 @@ def figures_of(cls: type[Snapshot]) -> dict[str, Figure]:
 FIGURES: Mapping[str, Figure] = figures_of(Snapshot)
 
 
-class IConnection(Interface):
+class IOccupant(Interface):
     """
-    One accepted connection: what limits, queues and observers may look at, and what its limiter tells it.
+    What takes a slot: what limits, queues and observers may look at, and what its limiter tells it.
+
+    A connection is one, and so can be an HTTP request, or a job. While it is active it is held weakly, so it
+    must be possible to refer to it so; and it is equal to no other.
     """
 
     address: Any = Attribute(
-        "The client's address, as Twisted gives it to ``buildProtocol``; it may be None."
+        "Whose it is: of a connection, the client's address, as Twisted gives it to ``buildProtocol``; of"
+        " what is known by a key, a `connlimit.limits.Key`; None if nothing is known."
     )
-    factory: IProtocolFactory = Attribute("The factory that it belongs to.")
-    slot: Any = Attribute("Set by the limiter: None unless the connection is active.")
+    factory: Any = Attribute("The factory that it belongs to; None if there is none.")
+    slot: Any = Attribute("Set by the limiter: None unless the occupant is active.")
 
     def serve() -> None:
         """
-        Its turn has come after a wait: the real protocol gets the transport. Never raises.
+        Its turn has come after a wait. Never raises.
         """
 
     def refuse(reason: str) -> None:
         """
-        It will not be served: the refusal says so, as far as it has words, and closes. Never raises.
+        It will not be served. Never raises.
         """
 
     def abort() -> None:
         """
-        It is ended at once, and what is still to be sent is dropped. Never raises.
+        It is ended at once, and its slot becomes free, as far as that can be done. Never raises.
         """
+
+
+class IConnection(IOccupant):
+    """
+    One accepted connection, as an occupant: what only sockets have.
+
+    When its turn has come, the real protocol gets the transport; if it is refused, the refusal says so, as
+    far as it has words, and closes; if it is aborted, what is still to be sent is dropped.
+    """
+
+    factory: IProtocolFactory = Attribute("The factory that it belongs to.")
 
     def close(gave_up: Callable[[], None] | None = None) -> None:
         """
@@ -278,7 +293,7 @@ class ILimit(Interface):
     answers False while it asks, and calls its subscribers when there may be room.
     """
 
-    def try_acquire(connection: IConnection) -> bool:
+    def try_acquire(connection: IOccupant) -> bool:
         """
         Take a slot for the connection. If this raises, the connection lets others pass, and is tried again
         when the limit calls and once a second, in turn with others.
@@ -286,7 +301,7 @@ class ILimit(Interface):
         :return: True if it now holds a slot, False if there is none for it at the moment.
         """
 
-    def release(connection: IConnection) -> None:
+    def release(connection: IOccupant) -> None:
         """
         Give back the slot that the connection holds.
 
@@ -310,7 +325,7 @@ class IKeyedLimit(ILimit):
     to tell the key.
     """
 
-    def key(connection: IConnection) -> Hashable:
+    def key(connection: IOccupant) -> Hashable:
         """
         The key of the connection, the same at every call.
         """
@@ -341,19 +356,19 @@ class IQueue(Interface):
     wait are served in the order of their arrival.
     """
 
-    def add(connection: IConnection, now: float) -> None:
+    def add(connection: IOccupant, now: float) -> None:
         """
         Put the connection in the queue.
 
         :param now: the time in seconds.
         """
 
-    def remove(connection: IConnection) -> object:
+    def remove(connection: IOccupant) -> object:
         """
         Take the connection out, wherever it stands. Only called for one that was put in.
         """
 
-    def next(now: float) -> IConnection:
+    def next(now: float) -> IOccupant:
         """
         Whose turn it is. Only called while somebody waits.
 
@@ -368,7 +383,7 @@ class IQueue(Interface):
         :return: a time in seconds; None if it never does.
         """
 
-    def has_expired(connection: IConnection, now: float) -> bool:
+    def has_expired(connection: IOccupant, now: float) -> bool:
         """
         Whether the one who has waited longest is to be refused now.
         """
@@ -437,7 +452,7 @@ class ILimiter(Interface):
         Whether one more would be served at once.
         """
 
-    def limited_by(reason: str = FULL, connection: IConnection | None = None) -> str:
+    def limited_by(reason: str = FULL, connection: IOccupant | None = None) -> str:
         """
         In words, which limit makes connections wait now, or why one was refused.
 
@@ -486,36 +501,36 @@ class ILimiterObserver(Interface):
     `connlimit.observers.LimiterObserver` has all methods, doing nothing.
     """
 
-    def exempted(limiter: ILimiter, connection: IConnection) -> None:
+    def exempted(limiter: ILimiter, connection: IOccupant) -> None:
         """
         The connection is exempt and is served without a slot.
         """
 
-    def waiting(limiter: ILimiter, connection: IConnection) -> None:
+    def waiting(limiter: ILimiter, connection: IOccupant) -> None:
         """
         The connection has joined the line.
         """
 
-    def served(limiter: ILimiter, connection: IConnection, waited: float) -> None:
+    def served(limiter: ILimiter, connection: IOccupant, waited: float) -> None:
         """
         The connection has got a slot.
 
         :param waited: seconds in the line; 0.0 if there was room at once.
         """
 
-    def finished(limiter: ILimiter, connection: IConnection) -> None:
+    def finished(limiter: ILimiter, connection: IOccupant) -> None:
         """
         The connection is over and its slot is free.
         """
 
-    def refused(limiter: ILimiter, connection: IConnection, reason: str) -> None:
+    def refused(limiter: ILimiter, connection: IOccupant, reason: str) -> None:
         """
         The connection was turned away.
 
         :param reason: ``full``, ``timeout``, ``peer``, ``descriptors`` or ``draining``.
         """
 
-    def departed(limiter: ILimiter, connection: IConnection, waited: float) -> None:
+    def departed(limiter: ILimiter, connection: IOccupant, waited: float) -> None:
         """
         The client went away while it waited.
 

@@ -16,7 +16,7 @@ from zope.interface import implementer
 
 from connlimit._system.bounded_log import BoundedLog
 from connlimit._system.clock import ReactorClock
-from connlimit.interfaces import IConnection, IKeyedLimit, ILimit
+from connlimit.interfaces import IKeyedLimit, ILimit, IOccupant
 
 
 class _Announcing:
@@ -88,7 +88,7 @@ class Total(_Slots):
         """
         return self.in_use < self._slots
 
-    def try_acquire(self, connection: IConnection) -> bool:
+    def try_acquire(self, connection: IOccupant) -> bool:
         """
         See `ILimit.try_acquire`.
         """
@@ -97,7 +97,7 @@ class Total(_Slots):
             return True
         return False
 
-    def release(self, connection: IConnection) -> None:
+    def release(self, connection: IOccupant) -> None:
         """
         See `ILimit.release`.
         """
@@ -143,7 +143,7 @@ class PerPeer(_Slots):
         for address in addresses:
             self._take(self._key(address))
 
-    def key(self, connection: IConnection) -> Hashable:
+    def key(self, connection: IOccupant) -> Hashable:
         """
         See `IKeyedLimit.key`.
         """
@@ -155,7 +155,7 @@ class PerPeer(_Slots):
         """
         return key is None or self._in_use.get(key, 0) < self._slots
 
-    def try_acquire(self, connection: IConnection) -> bool:
+    def try_acquire(self, connection: IOccupant) -> bool:
         """
         See `ILimit.try_acquire`.
         """
@@ -168,7 +168,7 @@ class PerPeer(_Slots):
     def _take(self, key: Hashable) -> None:
         self._in_use[key] = self._in_use.get(key, 0) + 1
 
-    def release(self, connection: IConnection) -> None:
+    def release(self, connection: IOccupant) -> None:
         """
         See `ILimit.release`.
         """
@@ -215,7 +215,7 @@ class PerKey(PerPeer):
             return _OwnKey(address)
         return key
 
-    def try_acquire(self, connection: IConnection) -> bool:
+    def try_acquire(self, connection: IOccupant) -> bool:
         """
         See `ILimit.try_acquire`.
         """
@@ -240,7 +240,7 @@ class PerKey(PerPeer):
         held = self._held.setdefault(address, [key, 0])
         held[1] += 1
 
-    def release(self, connection: IConnection) -> None:
+    def release(self, connection: IOccupant) -> None:
         """
         See `ILimit.release`.
         """
@@ -249,6 +249,18 @@ class PerKey(PerPeer):
         held[1] -= 1
         if not held[1]:
             del self._held[connection.address]
+
+
+@implementer(IAddress)
+@attrs.frozen
+class Key:
+    """
+    Stands for the address of an occupant that is known by a key, as a job is: its peer is that key.
+
+    :ivar key: the key; to be of the same key as a connection's client, it is the peer of that.
+    """
+
+    key: Hashable
 
 
 @attrs.frozen
@@ -300,7 +312,7 @@ class Rate(_Announcing):
         self._count()
         return min(self._most, self._tokens) + seconds * self._rate
 
-    def try_acquire(self, connection: IConnection) -> bool:
+    def try_acquire(self, connection: IOccupant) -> bool:
         """
         See `ILimit.try_acquire`.
         """
@@ -321,7 +333,7 @@ class Rate(_Announcing):
         self._tokens = min(self._most, self._tokens + max(0.0, now - self._counted) * self._rate)
         self._counted = now
 
-    def release(self, connection: IConnection) -> None:
+    def release(self, connection: IOccupant) -> None:
         """
         See `ILimit.release`: the end of a connection makes no room.
         """
@@ -364,7 +376,7 @@ class All:
         self._acquires = tuple(limit.try_acquire for limit in limits)
         self._releases = tuple(limit.release for limit in limits)
 
-    def try_acquire(self, connection: IConnection) -> bool:
+    def try_acquire(self, connection: IOccupant) -> bool:
         """
         See `ILimit.try_acquire`.
         """
@@ -385,7 +397,7 @@ class All:
         self.release(connection, held)
         return False
 
-    def release(self, connection: IConnection, count: int | None = None) -> None:
+    def release(self, connection: IOccupant, count: int | None = None) -> None:
         """
         See `ILimit.release`.
 

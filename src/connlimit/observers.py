@@ -12,7 +12,7 @@ from twisted.internet.interfaces import IDelayedCall
 from twisted.logger import Logger
 from zope.interface import implementer
 
-from connlimit.interfaces import DRAINING, IConnection, ILimiter, ILimiterObserver
+from connlimit.interfaces import DRAINING, ILimiter, ILimiterObserver, IOccupant
 
 #: Seconds for which somebody must have waited without a break before that is told.
 _LEAST = 1.0
@@ -27,32 +27,32 @@ class LimiterObserver:
     An observer that does nothing: override what you want to hear.
     """
 
-    def exempted(self, limiter: ILimiter, connection: IConnection) -> None:
+    def exempted(self, limiter: ILimiter, connection: IOccupant) -> None:
         """
         See `ILimiterObserver.exempted`.
         """
 
-    def waiting(self, limiter: ILimiter, connection: IConnection) -> None:
+    def waiting(self, limiter: ILimiter, connection: IOccupant) -> None:
         """
         See `ILimiterObserver.waiting`.
         """
 
-    def served(self, limiter: ILimiter, connection: IConnection, waited: float) -> None:
+    def served(self, limiter: ILimiter, connection: IOccupant, waited: float) -> None:
         """
         See `ILimiterObserver.served`.
         """
 
-    def finished(self, limiter: ILimiter, connection: IConnection) -> None:
+    def finished(self, limiter: ILimiter, connection: IOccupant) -> None:
         """
         See `ILimiterObserver.finished`.
         """
 
-    def refused(self, limiter: ILimiter, connection: IConnection, reason: str) -> None:
+    def refused(self, limiter: ILimiter, connection: IOccupant, reason: str) -> None:
         """
         See `ILimiterObserver.refused`.
         """
 
-    def departed(self, limiter: ILimiter, connection: IConnection, waited: float) -> None:
+    def departed(self, limiter: ILimiter, connection: IOccupant, waited: float) -> None:
         """
         See `ILimiterObserver.departed`.
         """
@@ -114,7 +114,7 @@ class LimiterLog(LimiterObserver):
         self._summing_up: IDelayedCall | None = None
         self._end_of_story = _EndOfStory(self)
 
-    def waiting(self, limiter: ILimiter, connection: IConnection) -> None:
+    def waiting(self, limiter: ILimiter, connection: IOccupant) -> None:
         """
         See `ILimiterObserver.waiting`.
         """
@@ -122,7 +122,7 @@ class LimiterLog(LimiterObserver):
         story.waited += 1
         story.at_once = max(story.at_once, limiter.waiting)
 
-    def refused(self, limiter: ILimiter, connection: IConnection, reason: str) -> None:
+    def refused(self, limiter: ILimiter, connection: IOccupant, reason: str) -> None:
         """
         See `ILimiterObserver.refused`.
         """
@@ -133,7 +133,7 @@ class LimiterLog(LimiterObserver):
         if not story.is_told:
             self._tell(limiter, limiter.limited_by(reason, connection))
 
-    def departed(self, limiter: ILimiter, connection: IConnection, waited: float) -> None:
+    def departed(self, limiter: ILimiter, connection: IOccupant, waited: float) -> None:
         """
         See `ILimiterObserver.departed`.
         """
@@ -260,13 +260,13 @@ class _EndOfStory(LimiterObserver):
     def __init__(self, log: LimiterLog) -> None:
         self._log = log
 
-    def served(self, limiter: ILimiter, connection: IConnection, waited: float) -> None:
+    def served(self, limiter: ILimiter, connection: IOccupant, waited: float) -> None:
         """
         See `ILimiterObserver.served`.
         """
         self._log.may_have_room(limiter)
 
-    def finished(self, limiter: ILimiter, connection: IConnection) -> None:
+    def finished(self, limiter: ILimiter, connection: IOccupant) -> None:
         """
         See `ILimiterObserver.finished`.
         """
@@ -280,43 +280,43 @@ class ConnectionLog(LimiterObserver):
 
     _log = Logger(namespace="connlimit.connection")
 
-    def waiting(self, limiter: ILimiter, connection: IConnection) -> None:
+    def waiting(self, limiter: ILimiter, connection: IOccupant) -> None:
         """
         See `ILimiterObserver.waiting`.
         """
         self._debug("waits", limiter, connection)
 
-    def served(self, limiter: ILimiter, connection: IConnection, waited: float) -> None:
+    def served(self, limiter: ILimiter, connection: IOccupant, waited: float) -> None:
         """
         See `ILimiterObserver.served`.
         """
         self._debug("is served", limiter, connection)
 
-    def exempted(self, limiter: ILimiter, connection: IConnection) -> None:
+    def exempted(self, limiter: ILimiter, connection: IOccupant) -> None:
         """
         See `ILimiterObserver.exempted`.
         """
         self._debug("is exempt and served", limiter, connection)
 
-    def finished(self, limiter: ILimiter, connection: IConnection) -> None:
+    def finished(self, limiter: ILimiter, connection: IOccupant) -> None:
         """
         See `ILimiterObserver.finished`.
         """
         self._debug("has finished", limiter, connection)
 
-    def refused(self, limiter: ILimiter, connection: IConnection, reason: str) -> None:
+    def refused(self, limiter: ILimiter, connection: IOccupant, reason: str) -> None:
         """
         See `ILimiterObserver.refused`.
         """
         self._debug(f"is refused ({reason})", limiter, connection)
 
-    def departed(self, limiter: ILimiter, connection: IConnection, waited: float) -> None:
+    def departed(self, limiter: ILimiter, connection: IOccupant, waited: float) -> None:
         """
         See `ILimiterObserver.departed`.
         """
         self._debug("departed", limiter, connection)
 
-    def _debug(self, what: str, limiter: ILimiter, connection: IConnection) -> None:
+    def _debug(self, what: str, limiter: ILimiter, connection: IOccupant) -> None:
         self._log.debug("{limiter}: {peer} {what}", limiter=limiter.name, peer=connection.address, what=what)
 
 

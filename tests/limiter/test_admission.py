@@ -7,10 +7,11 @@ from __future__ import annotations
 import gc
 
 from support.fakes import ApplicationError, FakeConnection, RecordingFactory
-from support.limiters import LimiterTestCase
+from support.limiters import LimiterTestCase, Work
 
 from connlimit import LimitingFactory
 from connlimit._system import descriptors
+from connlimit._system.descriptors import Budget
 
 
 class ServingTests(LimiterTestCase):
@@ -258,3 +259,53 @@ class RetryAfterTests(LimiterTestCase):
     def test_it_is_a_second_before_anything_is_known(self) -> None:
         self.limited(0)
         self.assertEqual(self.limiter.admission.retry_after(), 1.0)
+
+
+class WorkTests(LimiterTestCase):
+    """
+    What is no connection takes slots as one does, and is never asked what only sockets have.
+    """
+
+    def test_it_waits_in_the_queue_with_connections(self) -> None:
+        limiter = self.limited(1)
+        client = self.connect()[0]
+        first = Work(limiter).begin()
+        self.connect()
+        second = Work(limiter).begin()
+        self.close(client)
+        self.assertEqual((first.events, self.served()), (["serve"], [0]))
+        limiter.admission.finish(first)
+        self.assertEqual((second.events, self.served()), ([], [0, 1]))
+        self.assert_counts(active=1, waiting=1, finished=2, waits=2)
+
+    def test_its_key_has_a_cap(self) -> None:
+        limiter = self.limited(max_per_peer=1)
+        first, second, other = (Work(limiter, key).begin() for key in ("a", "a", "b"))
+        self.assertEqual((second.slot is None, other.slot is None), (True, False))
+        limiter.admission.finish(first)
+        self.assertEqual(second.events, ["serve"])
+
+    def test_it_is_refused_with_a_reason(self) -> None:
+        limiter = self.limited(0, wait_timeout=5)
+        work = Work(limiter).begin()
+        self.clock.advance(5)
+        self.assertEqual(work.events, ["refuse timeout"])
+
+    def test_an_audit_a_notice_and_new_settings_leave_it_alone(self) -> None:
+        limiter = self.limited(1, notice=(1, b"please wait"), idle_timeout=1)
+        active, waiting = Work(limiter).begin(), Work(limiter).begin()
+        self.clock.pump([1] * 5)
+        limiter.reconfigure(departed_on_half_close=True, notice=None)
+        limiter.notice = (1, b"please wait")
+        self.clock.pump([1] * 5)
+        self.assertEqual((active.events, waiting.events), ([], []))
+        self.assert_counts(active=1, waiting=1)
+
+    def test_it_needs_no_descriptor_to_wait(self) -> None:
+        limiter = self.limited(1)
+        active = Work(limiter).begin()
+        self.patch(Budget, "may_wait", lambda budget, slots: False)
+        waiting = Work(limiter).begin()
+        self.connect()
+        self.assertEqual((active.events, waiting.events), ([], []))
+        self.assert_counts(active=1, waiting=1, refused={"descriptors": 1})

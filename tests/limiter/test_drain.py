@@ -4,7 +4,7 @@ The end of a limiter: those who wait are refused, those who are served may finis
 
 from __future__ import annotations
 
-from support.limiters import LimiterTestCase, SocketsTestCase
+from support.limiters import LimiterTestCase, SocketsTestCase, Work
 
 
 class DrainTests(LimiterTestCase):
@@ -55,6 +55,25 @@ class DrainTests(LimiterTestCase):
         limiter.drain()
         self.assertEqual(self.served(), [])
         self.assert_counts(refused={"draining": 5})
+
+
+class WorkTests(LimiterTestCase):
+    """
+    What is no connection ends a drain, too.
+    """
+
+    def test_work_may_end_and_is_aborted_when_it_does_not_in_time(self) -> None:
+        limiter = self.limited(2)
+        short, long, waiting = (Work(limiter).begin() for _ in range(3))
+        done = limiter.drain(10)
+        self.assertEqual(waiting.events, ["refuse draining"])
+        self.clock.advance(5)
+        limiter.admission.finish(short)
+        self.assertNoResult(done)
+        self.clock.advance(5)
+        self.successResultOf(done)
+        self.assertEqual((short.events, long.events), ([], ["abort"]))
+        self.assertEqual(self.clock.getDelayedCalls(), [])
 
 
 class DeadTests(SocketsTestCase):

@@ -15,6 +15,7 @@ from twisted.internet.address import IPv4Address, IPv6Address, UNIXAddress
 
 from connlimit import Limiter
 from connlimit._limiter.peers import Networks, UNIXPeer, exempt_or_none, peer_key
+from connlimit.limits import Key
 
 
 def at(host: str) -> object:
@@ -45,6 +46,12 @@ def test_a_unix_peer_is_a_user() -> None:
     peer = peer_key((32, 64))
     assert peer(UNIXPeer(b"/socket", 1000)) == 1000
     assert peer(UNIXAddress(b"/socket")) is None
+
+
+def test_what_is_known_by_a_key_has_it_for_its_peer() -> None:
+    peer = peer_key((32, 64))
+    assert peer(Key("reports")) == "reports"
+    assert peer(Key("192.0.2.77")) == peer(at("192.0.2.77"))
 
 
 def test_a_unix_peer_is_the_address_that_it_has_without_a_limiter() -> None:

@@ -4,12 +4,17 @@ A limiter and its clients, without sockets.
 
 from __future__ import annotations
 
+from typing import Any
+
 from twisted.internet.address import IPv4Address
 from twisted.internet.task import Clock
 from twisted.trial.unittest import SynchronousTestCase
+from zope.interface import implementer
 
 from connlimit import Limiter, LimitingFactory
 from connlimit._limiter.slots import NullConnection
+from connlimit.interfaces import IOccupant
+from connlimit.limits import Key
 from support.fakes import FakeConnection, RecordingFactory
 
 
@@ -86,6 +91,39 @@ class Socket(NullConnection):
 
     def close(self) -> None:
         self.closed = True
+
+
+@implementer(IOccupant)
+class Work:
+    """
+    An occupant that is no connection.
+
+    :ivar events: what its limiter told it.
+    """
+
+    factory: Any = None
+    slot: Any = None
+
+    def __init__(self, limiter: Limiter, key: object = None) -> None:
+        self.address = Key(key)
+        self.events: list[str] = []
+        self._limiter = limiter
+
+    def begin(self) -> Work:
+        admission = self._limiter.admission
+        if not admission.serve_at_once(self) and admission.may_wait(self) is None:
+            admission.wait(self)
+        return self
+
+    def serve(self) -> None:
+        self.events.append("serve")
+
+    def refuse(self, reason: str) -> None:
+        self.events.append(f"refuse {reason}")
+
+    def abort(self) -> None:
+        self.events.append("abort")
+        self._limiter.admission.finish(self)
 
 
 class SocketsTestCase(SynchronousTestCase):

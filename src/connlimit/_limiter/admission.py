@@ -61,6 +61,7 @@ from connlimit.interfaces import (
     IConnection,
     IKeyedLimit,
     ILimit,
+    IOccupant,
     IPort,
     IRefusing,
 )
@@ -242,7 +243,7 @@ class Admission:
     # What happens to connections, told by the factories and protocols. Every connection passes the first two
     # of these, so they do themselves what the slots could do for them.
 
-    def serve_at_once(self, connection: IConnection) -> bool:
+    def serve_at_once(self, connection: IOccupant) -> bool:
         """
         Give a new connection a slot, if there is room and nobody waits.
         """
@@ -268,7 +269,7 @@ class Admission:
             self.audience.tell("served", connection, 0.0)
         return True
 
-    def finish(self, connection: IConnection) -> None:
+    def finish(self, connection: IOccupant) -> None:
         """
         The socket of an active connection is gone.
         """
@@ -297,7 +298,7 @@ class Admission:
         if self._order or self._returned:
             self.serve_queue()
 
-    def may_wait(self, connection: IConnection) -> str | None:
+    def may_wait(self, connection: IOccupant) -> str | None:
         """
         Whether a new connection may wait. If not, it is refused by this.
 
@@ -309,7 +310,7 @@ class Admission:
             self._count_refused(connection, reason)
         return reason
 
-    def wait(self, connection: IConnection) -> None:
+    def wait(self, connection: IOccupant) -> None:
         """
         Put a new connection into the queue.
         """
@@ -325,7 +326,7 @@ class Admission:
             self.audience.tell("waiting", connection)
         self.serve_queue()
 
-    def depart(self, connection: IConnection) -> None:
+    def depart(self, connection: IOccupant) -> None:
         """
         The client of a waiting connection went away.
         """
@@ -337,7 +338,7 @@ class Admission:
             self.audience.tell("departed", connection, waited)
         self.serve_queue()
 
-    def reclaim(self, connection: IConnection, why: str) -> None:
+    def reclaim(self, connection: IOccupant, why: str) -> None:
         """
         The socket of an active connection is gone, but its protocol was not told.
 
@@ -397,15 +398,15 @@ class Admission:
         most = self.settings.max_waiting
         return (most is None or len(self.queue) < most) and self._has_descriptors()
 
-    def active_for(self, factory: object) -> list[IConnection]:
+    def active_for(self, factory: object) -> list[Any]:
         """
-        The active connections that a factory serves. Looks at all of them.
+        The active occupants of a factory, connections if it is one of connections. Looks at all of them.
         """
-        return [each for each in self.slots.connections() if each.factory is factory]
+        return [each for each in self.slots.occupants() if each.factory is factory]
 
-    def waiting_for(self, factory: object) -> list[IConnection]:
+    def waiting_for(self, factory: object) -> list[Any]:
         """
-        The connections that wait for a factory, longest waiting first. Looks at all who wait.
+        The waiting occupants of a factory, longest waiting first. Looks at all who wait.
         """
         return [each for each in self.queue if each.factory is factory]
 
@@ -460,7 +461,7 @@ class Admission:
         self.is_draining = True
         self.refuse_waiting(self.queue)
 
-    def refuse_waiting(self, connections: Iterable[IConnection]) -> None:
+    def refuse_waiting(self, connections: Iterable[IOccupant]) -> None:
         """
         Refuse those of the connections that wait, because their server is being stopped.
         """
@@ -472,7 +473,7 @@ class Admission:
             self._refuse(connection, DRAINING)
         self.serve_queue()
 
-    def wait_for(self, connections: Iterable[IConnection], timeout: float | None) -> Deferred[None]:
+    def wait_for(self, connections: Iterable[IOccupant], timeout: float | None) -> Deferred[None]:
         """
         Wait until all of the connections that are active have finished, and those who were refused have been
         told, and close what is left then.
@@ -520,7 +521,8 @@ class Admission:
             self._serve_exempt_waiting()
         if _OF_DEPARTURES & changed:
             for connection in list(self.queue):
-                connection.reconsider()
+                if IConnection.providedBy(connection):
+                    connection.reconsider()
         self._may_have_room()
 
     # How it is done
@@ -566,7 +568,7 @@ class Admission:
         connection.serve()
         return True
 
-    def _let_others_pass(self, connection: IConnection) -> bool:
+    def _let_others_pass(self, connection: IOccupant) -> bool:
         """
         Take the connection out of the others' way, if it is its own key that has no room.
 
@@ -581,7 +583,7 @@ class Admission:
         self.queue.step_aside(connection, *aside)
         return True
 
-    def _leave_queue(self, connection: IConnection) -> float:
+    def _leave_queue(self, connection: IOccupant) -> float:
         """
         Take a waiting connection out of the queue.
 
@@ -616,7 +618,7 @@ class Admission:
                 self.counts.accepted -= 1  # the exempt are counted apart
                 connection.serve()
 
-    def _serve_exempt(self, connection: IConnection) -> bool:
+    def _serve_exempt(self, connection: IOccupant) -> bool:
         """
         Serve the connection without a slot, if it is exempt.
         """
@@ -638,7 +640,7 @@ class Admission:
             self.audience.tell("exempted", connection)
         return True
 
-    def _no_place(self, connection: IConnection) -> str | None:
+    def _no_place(self, connection: IOccupant) -> str | None:
         """
         Why the connection may not wait, or None if it may.
         """
@@ -652,7 +654,10 @@ class Admission:
         most = settings.max_waiting
         if most is not None and len(self.queue) >= most:
             return FULL
-        return None if self._has_descriptors() else DESCRIPTORS
+        # Only of a connection a descriptor is held while it waits.
+        if not self._has_descriptors() and IConnection.providedBy(connection):
+            return DESCRIPTORS
+        return None
 
     def _has_descriptors(self) -> bool:
         """
@@ -660,18 +665,18 @@ class Admission:
         """
         return self.budget.may_wait(max(0.0, self.limits.most - self.slots.count()))
 
-    def _refuse(self, connection: IConnection, reason: str) -> None:
+    def _refuse(self, connection: IOccupant, reason: str) -> None:
         self._count_refused(connection, reason)
         connection.refuse(reason)
 
-    def _count_refused(self, connection: IConnection, reason: str) -> None:
+    def _count_refused(self, connection: IOccupant, reason: str) -> None:
         self.counts.refused[reason] += 1
         if self.audience.everybody:
             self.audience.tell("refused", connection, reason)
 
     # What the deadlines have done
 
-    def refuse(self, connection: IConnection, reason: str) -> None:
+    def refuse(self, connection: IOccupant, reason: str) -> None:
         """
         Refuse one who waits.
         """

@@ -13,7 +13,7 @@ from twisted.internet.interfaces import IDelayedCall, IReactorTime
 from connlimit._limiter.queue import Queue
 from connlimit._limiter.settings import Settings
 from connlimit._system.bounded_log import BoundedLog
-from connlimit.interfaces import FULL, TIMEOUT, IConnection
+from connlimit.interfaces import FULL, TIMEOUT, IConnection, IOccupant
 
 #: Seconds between two audits.
 AUDIT_INTERVAL = 1.0
@@ -30,7 +30,7 @@ class Acts(Protocol):
     What is done when it is time.
     """
 
-    def refuse(self, connection: IConnection, reason: str) -> None:
+    def refuse(self, connection: IOccupant, reason: str) -> None:
         """
         Take a connection out of the queue, and refuse it.
         """
@@ -82,8 +82,8 @@ class Deadlines:
         self._acts = acts
         self._timeout = settings.wait_timeout
         self._notice = settings.notice
-        # Who waits and has not had the notice yet, if there is one, and since when.
-        self._unnotified: OrderedDict[IConnection, float] = OrderedDict()
+        # Which connections wait and have not had the notice yet, if there is one, and since when.
+        self._unnotified: OrderedDict[Any, float] = OrderedDict()
         self._drains = 0
         self._timer: IDelayedCall | None = None
         self._audit_timer: IDelayedCall | None = None
@@ -100,19 +100,20 @@ class Deadlines:
         if self._notice is None:
             self._unnotified.clear()
         elif not had_notice:
-            self._unnotified.update((each, self._queue.arrival(each)) for each in self._queue)
+            waiting = (each for each in self._queue if IConnection.providedBy(each))
+            self._unnotified.update((each, self._queue.arrival(each)) for each in waiting)
         self._stop()
         self._start()
 
-    def joined(self, connection: IConnection, now: float) -> None:
+    def joined(self, connection: IOccupant, now: float) -> None:
         """
         A connection has joined the queue.
         """
-        if self._notice is not None:
+        if self._notice is not None and IConnection.providedBy(connection):
             self._unnotified[connection] = now
         self._start()
 
-    def left(self, connection: IConnection) -> None:
+    def left(self, connection: IOccupant) -> None:
         """
         A connection has left the queue.
         """

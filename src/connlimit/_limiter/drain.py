@@ -11,7 +11,7 @@ from twisted.internet.defer import Deferred
 from twisted.internet.interfaces import IDelayedCall
 from twisted.logger import Logger
 
-from connlimit.interfaces import IConnection, ILimiter, IRefusing
+from connlimit.interfaces import IConnection, ILimiter, IOccupant, IRefusing
 from connlimit.observers import LimiterObserver
 
 _LOOK_INTERVAL = 1.0  # seconds
@@ -22,7 +22,7 @@ REST = 5.0
 
 class Drain(LimiterObserver):
     """
-    One wait for a set of active connections, and for refusals that are being said.
+    One wait for a set of active occupants, and for refusals that are being said.
 
     Connections that are at rest are closed at once, and those that come to rest meanwhile within a second.
     They are held weakly: one that its application has forgotten must be free to be collected.
@@ -31,7 +31,7 @@ class Drain(LimiterObserver):
     _log = Logger(namespace="connlimit.limiter")
 
     def __init__(
-        self, limiter: ILimiter, remaining: Iterable[IConnection], refusals: Iterable[IRefusing]
+        self, limiter: ILimiter, remaining: Iterable[IOccupant], refusals: Iterable[IRefusing]
     ) -> None:
         self._limiter = limiter
         self._remaining = WeakSet(remaining)
@@ -59,7 +59,7 @@ class Drain(LimiterObserver):
         self._look()
         return self._done
 
-    def finished(self, limiter: ILimiter, connection: IConnection) -> None:
+    def finished(self, limiter: ILimiter, connection: IOccupant) -> None:
         """
         See `ILimiterObserver.finished`.
         """
@@ -93,7 +93,7 @@ class Drain(LimiterObserver):
         Close those who are at rest.
         """
         for connection in list(self._remaining):
-            if connection.is_at_rest(self._quiet):
+            if IConnection.providedBy(connection) and connection.is_at_rest(self._quiet):
                 connection.close(self._gave_up)
         self._check()
         if not self._done.called:
@@ -105,8 +105,11 @@ class Drain(LimiterObserver):
             limiter=self._limiter.name,
             count=len(self._remaining),
         )
-        for connection in list(self._remaining):
-            connection.close(self._gave_up)
+        for occupant in list(self._remaining):
+            if IConnection.providedBy(occupant):
+                occupant.close(self._gave_up)
+            else:
+                occupant.abort()
 
     def _gave_up(self) -> None:
         self._aborted += 1

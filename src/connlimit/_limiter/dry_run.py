@@ -14,7 +14,7 @@ from twisted.internet.interfaces import IDelayedCall
 from twisted.logger import Logger
 
 from connlimit._limiter.slots import NullConnection
-from connlimit.interfaces import IConnection, ILimiter, Snapshot
+from connlimit.interfaces import ILimiter, IOccupant, Snapshot
 from connlimit.observers import LimiterObserver
 
 _REPORT_INTERVAL = 60.0  # seconds
@@ -63,8 +63,8 @@ class DryRun(LimiterObserver):
         self._limiter = limiter
         self._shadow = shadow
         shadow.admission.budget = _SameDescriptors(limiter)
-        self._shadows: dict[ref[IConnection], NullConnection] = {}
-        self._collected: list[ref[IConnection]] = []
+        self._shadows: dict[ref[IOccupant], NullConnection] = {}
+        self._collected: list[ref[IOccupant]] = []
         # How many connections found how many others active.
         self._found_active: Counter[int] = Counter()
         self._timer: IDelayedCall | None = None
@@ -117,7 +117,7 @@ class DryRun(LimiterObserver):
                 suggestion=suggestion,
             )
 
-    def served(self, limiter: ILimiter, connection: IConnection, waited: float) -> None:
+    def served(self, limiter: ILimiter, connection: IOccupant, waited: float) -> None:
         """
         See `ILimiterObserver.served`.
         """
@@ -131,7 +131,7 @@ class DryRun(LimiterObserver):
         if self._timer is None:
             self._timer = limiter.clock.callLater(_REPORT_INTERVAL, self._minute_over)
 
-    def finished(self, limiter: ILimiter, connection: IConnection) -> None:
+    def finished(self, limiter: ILimiter, connection: IOccupant) -> None:
         """
         See `ILimiterObserver.finished`.
         """

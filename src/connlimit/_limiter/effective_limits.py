@@ -14,7 +14,7 @@ from connlimit._limiter.peers import peer_key
 from connlimit._limiter.queue import Keys, Queue
 from connlimit._limiter.settings import Settings
 from connlimit._system.bounded_log import BoundedLog
-from connlimit.interfaces import IConnection, IKeyedLimit, ILimit, IRefusingLimit
+from connlimit.interfaces import IKeyedLimit, ILimit, IOccupant, IRefusingLimit
 from connlimit.limits import All, PerPeer, Rate
 
 #: The settings that these limits are made of.
@@ -125,7 +125,7 @@ class EffectiveLimits:
 
     # What can be asked of a connection
 
-    def keys(self, connection: IConnection) -> Keys:
+    def keys(self, connection: IOccupant) -> Keys:
         """
         The keys of a connection, each with its limit.
         """
@@ -162,7 +162,7 @@ class EffectiveLimits:
             self._log.failure("{limit} failed to tell whether a key has room; it has none", limit=limit)
             return False
 
-    def aside_for(self, connection: IConnection) -> tuple[Keys, Hashable] | None:
+    def aside_for(self, connection: IOccupant) -> tuple[Keys, Hashable] | None:
         """
         For what a connection that got no slot stands aside: its keys, and the one of them that has no room.
 
@@ -182,7 +182,7 @@ class EffectiveLimits:
         lacking = next((key for key in keys if key[1] is _UNKNOWN), None)
         return None if lacking is None else (keys, lacking)
 
-    def is_at_cap(self, connection: IConnection) -> bool:
+    def is_at_cap(self, connection: IOccupant) -> bool:
         """
         Whether the connection's peer has as many slots as ``max_per_peer`` allows.
         """
@@ -231,7 +231,7 @@ class EffectiveLimits:
     # In words
 
     def in_words(
-        self, settings: Settings, taken: int, active: int, queue: Queue, connection: IConnection | None
+        self, settings: Settings, taken: int, active: int, queue: Queue, connection: IOccupant | None
     ) -> str:
         """
         Which limit makes connections wait now.
@@ -258,7 +258,7 @@ class EffectiveLimits:
             return f"max_rate is {settings.max_rate} per second"
         return f"no slot from {_named(lacking)}"
 
-    def peer_in_words(self, settings: Settings, connection: IConnection) -> str:
+    def peer_in_words(self, settings: Settings, connection: IOccupant) -> str:
         """
         That a connection's peer is at its cap.
         """

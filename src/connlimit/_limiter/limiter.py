@@ -37,10 +37,10 @@ from connlimit.interfaces import (
     DESCRIPTORS,
     FULL,
     PEER,
-    IConnection,
     ILimit,
     ILimiter,
     ILimiterObserver,
+    IOccupant,
     Snapshot,
 )
 from connlimit.observers import LimiterLog
@@ -262,7 +262,7 @@ class Limiter:
         queue, now = self.admission.queue, self.clock.seconds()
         return [(each.address, max(0.0, now - queue.arrival(each))) for each in queue.first(count)]
 
-    def limited_by(self, reason: str = FULL, connection: IConnection | None = None) -> str:
+    def limited_by(self, reason: str = FULL, connection: IOccupant | None = None) -> str:
         """
         In words, which limit makes connections wait now, or why one was refused.
 
@@ -349,7 +349,7 @@ class Limiter:
         :return: fires when no connection is active, and those who were refused have been told.
         """
         self.admission.refuse_all()
-        return self.admission.wait_for(self.admission.slots.connections(), timeout)
+        return self.admission.wait_for(self.admission.slots.occupants(), timeout)
 
 
 def _checked_clock(clock: object) -> IReactorTime:

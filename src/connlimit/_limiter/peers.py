@@ -15,7 +15,8 @@ import attrs
 from twisted.internet.address import UNIXAddress
 from twisted.internet.interfaces import IAddress
 
-from connlimit.interfaces import IConnection
+from connlimit.interfaces import IOccupant
+from connlimit.limits import Key
 
 Network = IPv4Network | IPv6Network
 T = TypeVar("T")
@@ -81,7 +82,7 @@ def peer_key(prefix: tuple[int, int]) -> Callable[[IAddress], Hashable]:
         if host is not None:
             # An IPv4 address alone is written in one way only, so nothing has to be found out.
             return host if whole and ":" not in host else network(host)
-        return getattr(address, "uid", None)
+        return address.key if isinstance(address, Key) else getattr(address, "uid", None)
 
     return peer
 
@@ -89,7 +90,7 @@ def peer_key(prefix: tuple[int, int]) -> Callable[[IAddress], Hashable]:
 def busiest(
     peer: Callable[[IAddress], Hashable],
     active: Sequence[IAddress],
-    waiting: Sequence[IConnection],
+    waiting: Sequence[IOccupant],
     count: int,
 ) -> Generator[None, None, list[tuple[Hashable, int, int]]]:
     """

@@ -15,7 +15,7 @@ from twisted.internet.interfaces import IAddress
 from twisted.logger import Logger
 from zope.interface import implementer
 
-from connlimit.interfaces import IConnection, IQueue
+from connlimit.interfaces import IOccupant, IQueue
 
 T = TypeVar("T")
 Peer: TypeAlias = Callable[[IAddress], Hashable]
@@ -23,7 +23,7 @@ Keys: TypeAlias = tuple[Any, ...]
 
 
 @implementer(IQueue)
-class Fifo(OrderedDict[IConnection, float]):
+class Fifo(OrderedDict[IOccupant, float]):
     """
     First come, first served: the time of arrival by connection.
 
@@ -35,25 +35,25 @@ class Fifo(OrderedDict[IConnection, float]):
 
     needs_peers = False
 
-    def add(self, connection: IConnection, now: float) -> None:
+    def add(self, connection: IOccupant, now: float) -> None:
         self[connection] = now
 
-    def remove(self, connection: IConnection) -> float:
+    def remove(self, connection: IOccupant) -> float:
         return self.pop(connection)
 
-    def arrival(self, connection: IConnection) -> float:
+    def arrival(self, connection: IOccupant) -> float:
         return self[connection]
 
-    def next(self, now: float) -> IConnection:
+    def next(self, now: float) -> IOccupant:
         return next(iter(self))
 
-    def oldest(self) -> tuple[IConnection, float]:
+    def oldest(self) -> tuple[IOccupant, float]:
         return next(iter(self.items()))
 
     def expires(self) -> float | None:
         return None
 
-    def has_expired(self, connection: IConnection, now: float) -> bool:
+    def has_expired(self, connection: IOccupant, now: float) -> bool:
         return False
 
 
@@ -62,7 +62,7 @@ class Lifo(Fifo):
     The newest is served first.
     """
 
-    def next(self, now: float) -> IConnection:
+    def next(self, now: float) -> IOccupant:
         return next(reversed(self))
 
 
@@ -77,13 +77,13 @@ class Fair(Fifo):
         super().__init__()
         self._peer = peer
         # The peers in the order of their turns, each with its connections.
-        self._turns: OrderedDict[Hashable, OrderedDict[IConnection, None]] = OrderedDict()
+        self._turns: OrderedDict[Hashable, OrderedDict[IOccupant, None]] = OrderedDict()
 
-    def add(self, connection: IConnection, now: float) -> None:
+    def add(self, connection: IOccupant, now: float) -> None:
         super().add(connection, now)
         self._turns.setdefault(self._peer(connection.address), OrderedDict())[connection] = None
 
-    def remove(self, connection: IConnection) -> float:
+    def remove(self, connection: IOccupant) -> float:
         # A peer whose connection leaves has had its turn, if that was the next.
         peer = self._peer(connection.address)
         its = self._turns[peer]
@@ -95,7 +95,7 @@ class Fair(Fifo):
             self._turns.move_to_end(peer)
         return super().remove(connection)
 
-    def next(self, now: float) -> IConnection:
+    def next(self, now: float) -> IOccupant:
         return next(iter(next(iter(self._turns.values()))))
 
 
@@ -115,13 +115,13 @@ class Adaptive(Fifo):
         # Since when the wait has been above the target.
         self._above: float | None = None
 
-    def remove(self, connection: IConnection) -> float:
+    def remove(self, connection: IOccupant) -> float:
         arrived = super().remove(connection)
         if not self:
             self._above = None
         return arrived
 
-    def next(self, now: float) -> IConnection:
+    def next(self, now: float) -> IOccupant:
         return next(reversed(self)) if self._is_overloaded(now) else next(iter(self))
 
     def expires(self) -> float | None:
@@ -132,7 +132,7 @@ class Adaptive(Fifo):
             return above_from + self._interval
         return max(above_from, self._above + self._interval)
 
-    def has_expired(self, connection: IConnection, now: float) -> bool:
+    def has_expired(self, connection: IOccupant, now: float) -> bool:
         return self._is_overloaded(now) and self[connection] + self._target <= now
 
     def _is_overloaded(self, now: float) -> bool:
@@ -174,16 +174,16 @@ class Guarded(Fifo):
                 self._order = None
         return None
 
-    def add(self, connection: IConnection, now: float) -> None:
+    def add(self, connection: IOccupant, now: float) -> None:
         super().add(connection, now)
         self._ask("add", connection, now)
 
-    def remove(self, connection: IConnection) -> float:
+    def remove(self, connection: IOccupant) -> float:
         arrived = super().remove(connection)
         self._ask("remove", connection)
         return arrived
 
-    def next(self, now: float) -> IConnection:
+    def next(self, now: float) -> IOccupant:
         connection: Any = self._ask("next", now)
         if connection is not None and isinstance(connection, Hashable) and connection in self:
             return connection  # type: ignore[return-value]
@@ -200,7 +200,7 @@ class Guarded(Fifo):
         expires = self._ask("expires")
         return expires if isinstance(expires, (int, float)) else None
 
-    def has_expired(self, connection: IConnection, now: float) -> bool:
+    def has_expired(self, connection: IOccupant, now: float) -> bool:
         return bool(self._ask("has_expired", connection, now))
 
 
@@ -296,7 +296,7 @@ class _Group:
 
     keys: Keys
     lacking: Hashable
-    connections: OrderedDict[IConnection, None] = attrs.Factory(OrderedDict)
+    connections: OrderedDict[IOccupant, None] = attrs.Factory(OrderedDict)
 
 
 class Queue:
@@ -323,14 +323,14 @@ class Queue:
     def _begin(self, order: Fifo) -> None:
         self.order = order
         # By arrival: those who stand aside or have returned, and of them those who have returned.
-        self._outside: Ranked[IConnection] = Ranked()
-        self.returned: Ranked[IConnection] = Ranked()
-        self._keys: dict[IConnection, Keys] = {}
+        self._outside: Ranked[IOccupant] = Ranked()
+        self.returned: Ranked[IOccupant] = Ranked()
+        self._keys: dict[IOccupant, Keys] = {}
         self._groups: dict[Keys, _Group] = {}
         # The groups by the key that each lacks, in the order in which their first ones stepped aside.
         self._below: dict[Hashable, Ranked[_Group]] = {}
         self._steps = count()
-        self._stepped: dict[IConnection, int] = {}
+        self._stepped: dict[IOccupant, int] = {}
 
     def reorder(self, order: Fifo) -> None:
         """
@@ -346,21 +346,21 @@ class Queue:
     def __len__(self) -> int:
         return len(self.order) + len(self._outside)
 
-    def __contains__(self, connection: IConnection) -> bool:
+    def __contains__(self, connection: IOccupant) -> bool:
         return connection in self.order or connection in self._outside
 
-    def __iter__(self) -> Iterator[IConnection]:
+    def __iter__(self) -> Iterator[IOccupant]:
         if not self._outside:
             return iter(self.order)
         return iter(sorted([*self.order, *self._outside], key=self.arrival))
 
-    def everybody(self) -> Iterator[IConnection]:
+    def everybody(self) -> Iterator[IOccupant]:
         """
         All who wait, in no order.
         """
         return chain(self.order, self._outside)
 
-    def first(self, count: int) -> list[IConnection]:
+    def first(self, count: int) -> list[IOccupant]:
         """
         So many of those who have waited longest, in the order of their arrivals. Does not look at the others.
         """
@@ -396,7 +396,7 @@ class Queue:
             below[group.lacking] += len(group.connections)
         return below
 
-    def arrival(self, connection: IConnection) -> float:
+    def arrival(self, connection: IOccupant) -> float:
         """
         When the connection arrived, in seconds.
         """
@@ -404,13 +404,13 @@ class Queue:
             self._outside.rank(connection) if connection in self._outside else self.order.arrival(connection)
         )
 
-    def add(self, connection: IConnection, now: float) -> None:
+    def add(self, connection: IOccupant, now: float) -> None:
         """
         Put a new connection in the queue.
         """
         self.order.add(connection, now)
 
-    def remove(self, connection: IConnection) -> float:
+    def remove(self, connection: IOccupant) -> float:
         """
         Take the connection out, wherever it stands, and return the time of its arrival.
 
@@ -428,13 +428,13 @@ class Queue:
         self._leave_group(self._groups[keys], connection)
         return self._outside.remove(connection)
 
-    def next(self, now: float) -> IConnection:
+    def next(self, now: float) -> IOccupant:
         """
         Whose turn it is. Only called while somebody does not stand aside.
         """
         return self.returned.first() if self.returned else self.order.next(now)
 
-    def oldest(self) -> tuple[IConnection, float]:
+    def oldest(self) -> tuple[IOccupant, float]:
         """
         Who has waited longest, and the time of its arrival.
         """
@@ -446,7 +446,7 @@ class Queue:
             return oldest
         return first, arrived
 
-    def expired(self, now: float) -> IConnection | None:
+    def expired(self, now: float) -> IOccupant | None:
         """
         Who has waited too long, as the order says. For those who stand aside there is no such time: their own
         key makes them wait.
@@ -456,7 +456,7 @@ class Queue:
         connection, _arrived = self.order.oldest()
         return connection if self.order.has_expired(connection, now) else None
 
-    def step_aside(self, connection: IConnection, keys: Keys, lacking: Hashable) -> None:
+    def step_aside(self, connection: IOccupant, keys: Keys, lacking: Hashable) -> None:
         """
         Let others pass: a key of the connection has no room.
 
@@ -511,7 +511,7 @@ class Queue:
         self._groups.clear()
         self._below.clear()
 
-    def _leave_group(self, group: _Group, connection: IConnection) -> None:
+    def _leave_group(self, group: _Group, connection: IOccupant) -> None:
         was_first = next(iter(group.connections)) is connection
         del group.connections[connection]
         del self._stepped[connection]

@@ -13,7 +13,7 @@ from weakref import ref
 from twisted.internet.interfaces import IAddress
 from zope.interface import implementer
 
-from connlimit.interfaces import IConnection
+from connlimit.interfaces import IConnection, IOccupant
 
 
 @implementer(IConnection)
@@ -98,11 +98,11 @@ class Slots:
     __slots__ = ("_known_from", "active", "closing", "exempt", "lost", "on_collection", "served_at")
 
     def __init__(self) -> None:
-        self.active: dict[ref[IConnection], IAddress] = {}
-        self.exempt: set[ref[IConnection]] = set()
-        self.closing: set[ref[IConnection]] = set()
-        self.lost: list[ref[IConnection]] = []
-        self.served_at: dict[ref[IConnection], float] | None = None
+        self.active: dict[ref[IOccupant], IAddress] = {}
+        self.exempt: set[ref[IOccupant]] = set()
+        self.closing: set[ref[IOccupant]] = set()
+        self.lost: list[ref[IOccupant]] = []
+        self.served_at: dict[ref[IOccupant], float] | None = None
         self.on_collection = self._collect  # bound once
         # Since when it is known who was served when.
         self._known_from = 0.0
@@ -120,7 +120,7 @@ class Slots:
         """
         return self.taken - sum(slot not in self.exempt for slot in self.lost)
 
-    def take(self, connection: IConnection, now: float) -> ref[IConnection]:
+    def take(self, connection: IOccupant, now: float) -> ref[IOccupant]:
         """
         Give a connection a slot.
         """
@@ -130,11 +130,20 @@ class Slots:
             self.served_at[slot] = now
         return slot
 
+    def occupants(self) -> list[IOccupant]:
+        """
+        Those that hold a slot, the exempt among them.
+        """
+        return [occupant for slot in list(self.active) if (occupant := slot()) is not None]
+
     def connections(self) -> list[IConnection]:
         """
-        The connections that hold a slot, the exempt among them.
+        Those of them that are connections.
         """
-        return [connection for slot in list(self.active) if (connection := slot()) is not None]
+        occupants: list[Any] = self.occupants()
+        # Asked of each class once: there can be tens of thousands, and they are looked at every second.
+        kinds = {kind for kind in set(map(type, occupants)) if IConnection.implementedBy(kind)}
+        return [each for each in occupants if type(each) in kinds]
 
     def addresses(self) -> Iterator[IAddress]:
         """
@@ -142,12 +151,12 @@ class Slots:
         """
         return (address for slot, address in self.active.items() if slot not in self.exempt)
 
-    def _collect(self, slot: ref[IConnection]) -> None:
+    def _collect(self, slot: ref[IOccupant]) -> None:
         # Also of one that has finished, when nobody else holds it any more.
         if slot in self.active:
             self.lost.append(slot)
 
-    def take_lost(self) -> Iterator[IConnection]:
+    def take_lost(self) -> Iterator[IOccupant]:
         """
         Something that stands for each that is lost, until there is none; whoever asks sees to its end.
         """

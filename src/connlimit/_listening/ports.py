@@ -21,7 +21,7 @@ from zope.interface import implementer
 from connlimit._limiter.limiter import Limiter
 from connlimit._limiter.values import one_of
 from connlimit._system import sockets
-from connlimit.interfaces import IConnection, ILimiter, IPort
+from connlimit.interfaces import ILimiter, IOccupant, IPort
 from connlimit.observers import LimiterObserver
 
 #: What a port can do when there is no place for one more.
@@ -175,31 +175,31 @@ class _StoppingPort(_Port, LimiterObserver):
             if self._port.numberAccepts == 1:  # had there been one, the port would go for more next time
                 return
 
-    def waiting(self, limiter: ILimiter, connection: IConnection) -> None:
+    def waiting(self, limiter: ILimiter, connection: IOccupant) -> None:
         """
         See `ILimiterObserver.waiting`.
         """
         self._check()
 
-    def served(self, limiter: ILimiter, connection: IConnection, waited: float) -> None:
+    def served(self, limiter: ILimiter, connection: IOccupant, waited: float) -> None:
         """
         See `ILimiterObserver.served`.
         """
         self._check()
 
-    def refused(self, limiter: ILimiter, connection: IConnection, reason: str) -> None:
+    def refused(self, limiter: ILimiter, connection: IOccupant, reason: str) -> None:
         """
         See `ILimiterObserver.refused`.
         """
         self._check()
 
-    def departed(self, limiter: ILimiter, connection: IConnection, waited: float) -> None:
+    def departed(self, limiter: ILimiter, connection: IOccupant, waited: float) -> None:
         """
         See `ILimiterObserver.departed`.
         """
         self._check()
 
-    def finished(self, limiter: ILimiter, connection: IConnection) -> None:
+    def finished(self, limiter: ILimiter, connection: IOccupant) -> None:
         """
         See `ILimiterObserver.finished`.
         """

@@ -45,7 +45,7 @@ from connlimit._redis.link import TURNS, IAsker, Link
 from connlimit._system.bounded_log import BoundedLog
 from connlimit._system.clock import clock_of
 from connlimit._system.since_boot import since_boot
-from connlimit.interfaces import IConnection, IRefusingLimit
+from connlimit.interfaces import IOccupant, IRefusingLimit
 
 #: What part of the ttl a lease is used for: the rest allows for the clocks' different speeds and for pauses.
 _USED = 0.9
@@ -212,7 +212,7 @@ class RedisLimit:
         """
         self._subscribers.append(callback)
 
-    def try_acquire(self, connection: IConnection) -> bool:
+    def try_acquire(self, connection: IOccupant) -> bool:
         """
         See `ILimit.try_acquire`.
         """
@@ -233,7 +233,7 @@ class RedisLimit:
         self._tried = since_boot()
         return False
 
-    def release(self, connection: IConnection) -> None:
+    def release(self, connection: IOccupant) -> None:
         """
         See `ILimit.release`.
         """

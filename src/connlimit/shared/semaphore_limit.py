@@ -16,7 +16,7 @@ from zope.interface import implementer
 
 from connlimit._system.bounded_log import BoundedLog
 from connlimit._system.since_boot import since_boot
-from connlimit.interfaces import IConnection, ILimit
+from connlimit.interfaces import ILimit, IOccupant
 from connlimit.semaphores import Lock, SemaphoreError, Semaphores
 
 #: How many locks are asked for at the same time, at most.
@@ -98,7 +98,7 @@ class ThrottleLimit:
         """
         self._subscribers.append(callback)
 
-    def try_acquire(self, connection: IConnection) -> bool:
+    def try_acquire(self, connection: IOccupant) -> bool:
         """
         See `ILimit.try_acquire`.
         """
@@ -112,7 +112,7 @@ class ThrottleLimit:
             self._ask()
         return False
 
-    def release(self, connection: IConnection) -> None:
+    def release(self, connection: IOccupant) -> None:
         """
         See `ILimit.release`.
         """

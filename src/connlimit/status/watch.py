@@ -11,7 +11,7 @@ from typing import Any
 
 import attrs
 
-from connlimit.interfaces import FIGURES, IConnection, ILimiter
+from connlimit.interfaces import FIGURES, ILimiter, IOccupant
 from connlimit.observers import LimiterObserver
 
 #: Seconds between samples, and how many are kept: ten minutes.
@@ -66,7 +66,7 @@ class Watch(LimiterObserver):
         self._refused = sum(limiter.snapshot().refused.values())
         limiter.add_observer(self)
 
-    def served(self, limiter: ILimiter, connection: IConnection, waited: float) -> None:
+    def served(self, limiter: ILimiter, connection: IOccupant, waited: float) -> None:
         """
         See `ILimiterObserver.served`.
         """

@@ -13,7 +13,7 @@ from typing import Protocol
 
 from zope.interface import implementer
 
-from connlimit.interfaces import IConnection, ILimit
+from connlimit.interfaces import ILimit, IOccupant
 
 #: More slots than there can be connections.
 NO_LIMIT = 1 << 30
@@ -164,7 +164,7 @@ class BorrowedLimit:
         """
         self._subscribers.append(callback)
 
-    def try_acquire(self, connection: IConnection) -> bool:
+    def try_acquire(self, connection: IOccupant) -> bool:
         """
         See `ILimit.try_acquire`.
         """
@@ -176,7 +176,7 @@ class BorrowedLimit:
             self._ask()
         return False
 
-    def release(self, connection: IConnection) -> None:
+    def release(self, connection: IOccupant) -> None:
         """
         See `ILimit.release`.
         """

@@ -25,10 +25,10 @@ from connlimit.interfaces import (
     FULL,
     MAXIMUM,
     Figure,
-    IConnection,
     ILimit,
     ILimiter,
     ILimiterObserver,
+    IOccupant,
     Snapshot,
 )
 from connlimit.observers import LimiterObserver
@@ -60,7 +60,7 @@ class Reporter(LimiterObserver):
         self._looking: Generator[None, None, list[tuple[Hashable, int, int]]] | None = None
         limiter.add_observer(self)
 
-    def served(self, limiter: ILimiter, connection: IConnection, waited: float) -> None:
+    def served(self, limiter: ILimiter, connection: IOccupant, waited: float) -> None:
         """
         See `ILimiterObserver.served`.
         """
@@ -205,7 +205,7 @@ class PooledLimiter:
         most = self.settings.max_connections
         return not self.waiting and self.own.has_room() and (most is None or self.active < most)
 
-    def limited_by(self, reason: str = FULL, connection: IConnection | None = None) -> str:
+    def limited_by(self, reason: str = FULL, connection: IOccupant | None = None) -> str:
         """
         See `ILimiter.limited_by`: in the words of this process.
         """
