@@ -1,4 +1,4 @@
-# An echo server, and a page that tells that it runs, which know nothing of limits. Run with:
+# An echo server, and a page that says that it runs; both know nothing of limits. Run with:
 # twistd -n connlimit --max-connections 100 --tac limited_later.tac --skip tcp:8007
 from twisted.application.internet import StreamServerEndpointService
 from twisted.application.service import Application

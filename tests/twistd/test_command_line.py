@@ -193,7 +193,7 @@ def test_with_nothing_to_limit_a_slow_page_shows_how_it_works() -> None:
         program.wait_for(r"look at ")
         program.wait_for(r"try .*curl")
         url = f"http://127.0.0.1:{program.port()}/"
-        command = [require_program("curl"), "-s", "-w", "%{time_total}", url]
+        command = [require_program("curl"), "-s", "-w", "\n%{time_total}", url]
         clients = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(4)]
         answers = [process.communicate(timeout=PATIENCE)[0] for process in clients]
         pages, times = zip(*(answer.rsplit("\n", 1) for answer in answers), strict=True)
