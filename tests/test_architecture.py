@@ -28,7 +28,7 @@ EXTRAS = {
     "_redis.sentinel": {"txredisapi"},
     "_twistd.toml": {"tomli", "tomllib"},
     "_twistd.semaphores.command_line": {"httptools"},
-    "semaphores.server.http.connection": {"httptools"},
+    "semaphores.server.http.reading": {"httptools"},
 }
 
 

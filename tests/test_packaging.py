@@ -176,6 +176,7 @@ def test_the_core_alone_works_and_says_which_extra_it_lacks(built: Path, environ
             "connlimit.status.metrics": "prometheus_client",
             "connlimit._twistd.semaphores.program": "httptools",
             "connlimit.semaphores.server.http.connection": "httptools",
+            "connlimit.semaphores.server.http.reading": "httptools",
             "connlimit.semaphores.server.redis_store": "txredisapi",
             "connlimit.semaphores.server.site": "httptools",
         }

@@ -3,33 +3,23 @@ HTTP/1.1 for small requests and answers, of which one client can have no more th
 
 A connection has one request at a time. What a client sends before it has its answer is left in its socket,
 but for one piece, and so is what it sends before it has read the answers that it was given. A request has so
-much time until it is there as a whole, however slowly it is sent, and an answer until it is read. Parsing is
-httptools's, which is strict: what could be understood in two ways is refused.
+much time until it is there as a whole, however slowly it is sent, and an answer until it is read.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from time import monotonic, time
 from typing import Any
 
-from httptools import (
-    HttpParserCallbackError,
-    HttpParserError,
-    HttpParserInvalidMethodError,
-    HttpParserUpgrade,
-    HttpRequestParser,
-)
 from twisted.internet.interfaces import IPushProducer, IReactorTime
 from twisted.internet.protocol import Factory, Protocol, connectionDone
 from twisted.internet.task import LoopingCall
 from twisted.internet.tcp import Connection
-from twisted.logger import Logger
 from twisted.python.failure import Failure
 from zope.interface import implementer
 
-from connlimit._system.bounded_log import BoundedLog
 from connlimit.semaphores.server.http.messages import (
     MOST_BODY,
     TOO_LONG,
@@ -39,15 +29,7 @@ from connlimit.semaphores.server.http.messages import (
     head,
     whole,
 )
-
-#: The longest head of a request that is read, in bytes.
-MOST_HEAD = 16 * 1024
-
-#: How many bytes the pieces of a body may have besides the body.
-_MOST_FRAMING = MOST_HEAD + 8 * MOST_BODY
-
-#: How many bytes are parsed at a time, so that no more requests are known than fit in there.
-_PIECE = 1024
+from connlimit.semaphores.server.http.reading import RequestReader
 
 #: Seconds until a request must be there as a whole, and until an answer must be read a bit further.
 _REQUEST, _READ = 20.0, 60.0
@@ -64,8 +46,6 @@ _LAST_WORDS = 2.0
 #: Seconds between two looks at who is late.
 _LOOK = 0.5
 
-_SORRY = "Something went wrong here; the log says what."
-
 
 @implementer(IPushProducer)
 class HttpConnection(Protocol):
@@ -81,16 +61,6 @@ class HttpConnection(Protocol):
     transport: Any
     expected: str | None = None
     since = listed = 0.0
-    _log = BoundedLog(Logger(namespace="connlimit.semaphores.server"))
-
-    # The request that is being read, when its head is there; how much was read of it, and of its body.
-    _reading: Request | None = None
-    _size = 0
-    _received = 0
-    # Whether a client that waits for it was told to send the body.
-    _is_expected = False
-    # What is wrong with it: a status and a sentence.
-    _wrong: tuple[int, str] | None = None
 
     # Why nothing more is read: what was sent makes no sense, or the connection is about to end.
     _is_deaf = False
@@ -106,15 +76,7 @@ class HttpConnection(Protocol):
     _has_turn = False
 
     def __init__(self) -> None:
-        # What was read of the request so far.
-        self._target: list[bytes] = []
-        self._headers: dict[bytes, bytes] = {}
-        self._chunks: list[bytes] = []
-        # These two are called by httptools, the second more often than anything else.
-        self.on_url = self._target.append
-        self.on_header = self._headers.__setitem__
-        self._parser = HttpRequestParser(self)
-        self._requests: deque[Request] = deque()
+        self._reader = RequestReader(self._proceed)
         self._unparsed = b""
         self._answering: Request | None = None
         self._cancel: Callable[[], None] | None = None
@@ -134,9 +96,8 @@ class HttpConnection(Protocol):
         """
         self._is_deaf = True
         self._is_lost = True
-        del self._parser  # which would keep this alive
+        self._reader.close()
         self._pieces = None
-        self._requests.clear()
         self._unparsed = b""
         self.factory.expect(self, None)
         if self._cancel is not None:
@@ -161,120 +122,32 @@ class HttpConnection(Protocol):
         was_idle = self.expected == "idle"
         self._parse(data)
         is_free = self._answering is None  # parsing may have begun an answer
-        if was_idle and self._size and is_free and not self._is_deaf:
+        if was_idle and self._reader.size and is_free and not self._is_deaf:
             self.factory.expect(self, "request")
 
     def _parse(self, data: bytes) -> None:
         """
         Parse as much of the data as has a request, and answer that; keep the rest.
         """
-        requests = self._requests
-        at, length = 0, len(data)
-        while at < length and not requests and self._wrong is None:
-            piece = data if length <= _PIECE else data[at : at + _PIECE]
-            at += self._parse_piece(piece)
-            if not requests:
-                self._size += len(piece)
-                self._check()
-        if self._wrong is None:
-            self._unparsed = data[at:]
-        elif requests:
+        reader = self._reader
+        rest = reader.read(data)
+        if reader.wrong is None:
+            self._unparsed = rest
+        elif reader.requests:
             # Those before it are answered first, and that is the end.
             self._is_deaf = True
-            self._requests[-1].is_persistent = False
+            reader.requests[-1].is_persistent = False
         else:
-            self._refuse(*self._wrong)
+            self._refuse(*reader.wrong)
             return
-        if requests:
+        if reader.requests:
             self._next()
 
-    def _parse_piece(self, piece: bytes) -> int:
+    def _proceed(self) -> None:
         """
-        Parse all of some data, or what there is before the end of a request that offers another protocol.
-
-        :return: how many bytes that was.
+        Tell a client that waits for it to send the body.
         """
-        try:
-            self._parser.feed_data(piece)
-        except HttpParserUpgrade as upgrade:
-            # There is nothing else to speak here: what follows is the next request.
-            self._parser = HttpRequestParser(self)
-            return int(upgrade.args[0])
-        except HttpParserInvalidMethodError:
-            self._wrong = 501, "there is no such method"
-        except HttpParserCallbackError:
-            self._log.failure("a request could not be read")
-            self._wrong = 500, _SORRY
-        except HttpParserError:
-            self._wrong = self._wrong or (400, "this is not HTTP/1.1")
-        return len(piece)
-
-    def _check(self) -> None:
-        """
-        Look at a request that is not there as a whole.
-        """
-        if self._wrong is not None:
-            return
-        request = self._reading
-        if request is not None and not self._is_expected:
-            self._is_expected = True
-            if not request.is_old and request.header(b"Expect").lower() == b"100-continue":
-                length = request.header(b"Content-Length")[:10]
-                if length.isdigit() and int(length) > MOST_BODY:
-                    self._wrong = 413, TOO_LONG
-                else:
-                    self._write(b"HTTP/1.1 100 Continue\r\n\r\n")
-        elif self._reading is None and self._size > MOST_HEAD:
-            self._wrong = 431, f"the head of a request can have {MOST_HEAD} bytes at most"
-        elif self._size - self._received > _MOST_FRAMING:
-            self._wrong = 413, TOO_LONG
-
-    # What httptools calls
-
-    def on_headers_complete(self) -> None:
-        """
-        The head was read.
-        """
-        parser, target, headers = self._parser, self._target, self._headers
-        version = parser.get_http_version()
-        is_new = version == "1.1"
-        self._reading = Request(
-            parser.get_method(),
-            target[0] if len(target) == 1 else b"".join(target),
-            headers.copy(),
-            is_new and parser.should_keep_alive(),
-            version == "1.0",
-        )
-        target.clear()
-        headers.clear()
-        if not is_new and version != "1.0":
-            self._wrong = self._wrong or (400, "this is not HTTP/1.1")
-
-    def on_body(self, body: bytes) -> None:
-        """
-        A piece of the body was read.
-        """
-        self._received += len(body)
-        if self._received <= MOST_BODY:
-            self._chunks.append(body)
-        else:
-            self._chunks.clear()
-
-    def on_message_complete(self) -> None:
-        """
-        The request is there as a whole.
-        """
-        request, self._reading = self._reading, None
-        assert request is not None
-        if self._received:
-            request.body = b"".join(self._chunks)
-            request.is_too_long = self._received > MOST_BODY
-            self._chunks.clear()
-        self._headers.clear()  # of trailers
-        self._is_expected = False
-        self._size = self._received = 0
-        if self._wrong is None:
-            self._requests.append(request)
+        self._write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
     # What is answered
 
@@ -282,7 +155,7 @@ class HttpConnection(Protocol):
         """
         Answer the next request.
         """
-        self._answering = request = self._requests.popleft()
+        self._answering = request = self._reader.requests.popleft()
         cancel = self.factory.answer(request, self.reply)
         if self._answering is request:
             self._cancel = cancel
@@ -346,13 +219,13 @@ class HttpConnection(Protocol):
         assert request is not None
         if not request.is_persistent:
             self._close()
-        elif self._requests or self._unparsed or self._is_paused or self._reading is not None:
+        elif self._reader.requests or self._unparsed or self._is_paused or self._reader.has_head:
             if self.expected == "wait":
                 self.factory.expect(self, None)
             # Others have their turn first.
             self._later()
         elif not self._is_behind:
-            self.factory.expect(self, "request" if self._size else "idle")
+            self.factory.expect(self, "request" if self._reader.size else "idle")
 
     def _later(self) -> None:
         """
@@ -375,19 +248,19 @@ class HttpConnection(Protocol):
         """
         Have the next of the requests that were sent before the last was answered.
         """
-        if self._requests:
+        if self._reader.requests:
             self._next()
         elif not self._is_deaf:
             unparsed, self._unparsed = self._unparsed, b""
             if unparsed:
                 self._parse(unparsed)
             if self._answering is None and not self._unparsed and not self._has_turn and not self._is_deaf:
-                self._check()
-                if self._wrong is not None:
-                    self._refuse(*self._wrong)
+                self._reader.check()
+                if self._reader.wrong is not None:
+                    self._refuse(*self._reader.wrong)
                     return
                 self._resume()
-                self.factory.expect(self, "request" if self._size or self._reading is not None else "idle")
+                self.factory.expect(self, "request" if self._reader.size or self._reader.has_head else "idle")
 
     # How fast the client reads
 
@@ -428,9 +301,9 @@ class HttpConnection(Protocol):
         """
         What was expected of the client did not come in time.
         """
-        if what in ("idle", "refused") or (what == "request" and not self._size):
+        if what in ("idle", "refused") or (what == "request" and not self._reader.size):
             self._close()
-        elif what == "request" and self._received > MOST_BODY:
+        elif what == "request" and self._reader.received > MOST_BODY:
             self._refuse(413, TOO_LONG)
         elif what == "request":
             self._refuse(408, f"a request must be there within {_REQUEST:.0f} s")
@@ -451,7 +324,7 @@ class HttpConnection(Protocol):
 
     def _close(self) -> None:
         self._is_deaf = True
-        self._requests.clear()
+        self._reader.requests.clear()
         self.factory.expect(self, "close")
         self.transport.unregisterProducer()
         self.transport.loseConnection()
