@@ -9,7 +9,8 @@ import socket
 import ssl
 import threading
 import time
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
@@ -381,10 +382,16 @@ def greeter(way: str, plugin: Path, port: int, drain_timeout: int) -> list[str]:
     return ["--config", "connlimit.toml"]
 
 
-@pytest.mark.parametrize("way", ["options", "file"])
-def test_those_who_are_served_by_a_plugin_keep_its_services_while_they_finish(way: str, plugin: Path) -> None:
+@contextmanager
+def stopped_while_one_waits(
+    way: str, plugin: Path, drain_timeout: int
+) -> Iterator[tuple[socket.socket, int]]:
+    """
+    The plugin told to stop while it serves one client and another waits, which is refused: the one that is
+    served, and the port. It ends in time when that client has gone.
+    """
     port = free_port()
-    command = greeter(way, plugin, port, drain_timeout=20)
+    command = greeter(way, plugin, port, drain_timeout=drain_timeout)
     with running("connlimit", *command, cwd=plugin) as program:
         program.wait_for("1 served at once")
         with socket.create_connection(("127.0.0.1", port), PATIENCE) as served:
@@ -393,25 +400,22 @@ def test_those_who_are_served_by_a_plugin_keep_its_services_while_they_finish(wa
                 time.sleep(0.3)
                 program.process.send_signal(signal.SIGTERM)
                 assert read_all(waiting) == b"please come back"
-            wait_until_closed(port)
-            served.sendall(b"?")
-            assert served.recv(100) == b"open\r\n"
+            yield served, port
         assert end(program) < 5
+
+
+@pytest.mark.parametrize("way", ["options", "file"])
+def test_those_who_are_served_by_a_plugin_keep_its_services_while_they_finish(way: str, plugin: Path) -> None:
+    with stopped_while_one_waits(way, plugin, drain_timeout=20) as (served, port):
+        wait_until_closed(port)
+        served.sendall(b"?")
+        assert served.recv(100) == b"open\r\n"
 
 
 @pytest.mark.parametrize("way", ["options", "file"])
 def test_a_plugin_that_is_not_drained_serves_nobody_who_waits_either(way: str, plugin: Path) -> None:
-    port = free_port()
-    command = greeter(way, plugin, port, drain_timeout=0)
-    with running("connlimit", *command, cwd=plugin) as program:
-        program.wait_for("1 served at once")
-        with socket.create_connection(("127.0.0.1", port), PATIENCE) as served:
-            assert served.recv(100) == b"opened\r\n"
-            with socket.create_connection(("127.0.0.1", port), PATIENCE) as waiting:
-                time.sleep(0.3)
-                program.process.send_signal(signal.SIGTERM)
-                assert read_all(waiting) == b"please come back"
-        assert end(program) < 5
+    with stopped_while_one_waits(way, plugin, drain_timeout=0):
+        pass
 
 
 # What was reloaded
