@@ -470,7 +470,7 @@ def test_an_endpoint_string_and_a_file_can_ask_for_it(tmp_path: Path) -> None:
         '[limiters.y]\nmax_connections = 8\nshared = "redis://localhost/2?ttl=3"\n'
         '[services.s]\nlisten = "tcp:0"\nforward = "tcp:localhost:1"\n'
     )
-    assert read(path).shared == {"y": "redis://localhost/2?ttl=3"}
+    assert read(path).limiters["y"].shared == "redis://localhost/2?ttl=3"
 
 
 def test_a_file_that_is_read_again_changes_what_is_shared(redis: Redis, tmp_path: Path) -> None:
