@@ -131,7 +131,7 @@ def _limiter(reactor: Any, ours: dict[str, str], where: str) -> Limiter:
     check_limits(ours if shared is None else {**ours, "shared": shared}, str, "max_connections=none")
     values["name"] = (where or "default") if name is None else name
     settings = Settings().evolve(values)
-    limiter = Limiter(**values, limits=shared_limits(shared, settings), clock=reactor)
+    limiter = Limiter(**settings.changed(), limits=shared_limits(shared, settings), clock=reactor)
     if name is not None:
         _limiters[name] = limiter
     return limiter
