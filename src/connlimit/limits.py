@@ -29,9 +29,6 @@ class _Announcing:
         self._subscribers: list[Callable[[], None]] = []
 
     def subscribe(self, callback: Callable[[], None]) -> None:
-        """
-        See `ILimit.subscribe`.
-        """
         self._subscribers.append(callback)
 
     def _tell(self) -> None:
@@ -89,18 +86,12 @@ class Total(_Slots):
         return self.in_use < self._slots
 
     def try_acquire(self, connection: IOccupant) -> bool:
-        """
-        See `ILimit.try_acquire`.
-        """
         if self.in_use < self._slots:
             self.in_use += 1
             return True
         return False
 
     def release(self, connection: IOccupant) -> None:
-        """
-        See `ILimit.release`.
-        """
         self.in_use -= 1
         if len(self._subscribers) > 1:  # several limiters draw on it
             self._tell()
@@ -144,21 +135,12 @@ class PerPeer(_Slots):
             self._take(self._key(address))
 
     def key(self, connection: IOccupant) -> Hashable:
-        """
-        See `IKeyedLimit.key`.
-        """
         return self._key(connection.address)
 
     def has_room(self, key: Hashable) -> bool:
-        """
-        See `IKeyedLimit.has_room`.
-        """
         return key is None or self._in_use.get(key, 0) < self._slots
 
     def try_acquire(self, connection: IOccupant) -> bool:
-        """
-        See `ILimit.try_acquire`.
-        """
         key = self.key(connection)
         if not self.has_room(key):
             return False
@@ -169,9 +151,6 @@ class PerPeer(_Slots):
         self._in_use[key] = self._in_use.get(key, 0) + 1
 
     def release(self, connection: IOccupant) -> None:
-        """
-        See `ILimit.release`.
-        """
         key = self.key(connection)
         left = self._in_use[key] - 1
         if left:
@@ -216,9 +195,6 @@ class PerKey(PerPeer):
         return key
 
     def try_acquire(self, connection: IOccupant) -> bool:
-        """
-        See `ILimit.try_acquire`.
-        """
         address = connection.address
         key = self._known_key(address)
         if not self.has_room(key):
@@ -241,9 +217,6 @@ class PerKey(PerPeer):
         held[1] += 1
 
     def release(self, connection: IOccupant) -> None:
-        """
-        See `ILimit.release`.
-        """
         super().release(connection)
         held = self._held[connection.address]
         held[1] -= 1
@@ -313,9 +286,6 @@ class Rate(_Announcing):
         return min(self._most, self._tokens) + seconds * self._rate
 
     def try_acquire(self, connection: IOccupant) -> bool:
-        """
-        See `ILimit.try_acquire`.
-        """
         self._count()
         # A little less than one will do: the timer is set for one, and sums of fractions are inexact.
         if self._tokens > 1 - 1e-6:
@@ -335,7 +305,7 @@ class Rate(_Announcing):
 
     def release(self, connection: IOccupant) -> None:
         """
-        See `ILimit.release`: the end of a connection makes no room.
+        The end of a connection makes no room.
         """
 
     def stop(self) -> None:
@@ -377,9 +347,6 @@ class All:
         self._releases = tuple(limit.release for limit in limits)
 
     def try_acquire(self, connection: IOccupant) -> bool:
-        """
-        See `ILimit.try_acquire`.
-        """
         held = 0
         try:
             for acquire in self._acquires:
@@ -399,7 +366,7 @@ class All:
 
     def release(self, connection: IOccupant, count: int | None = None) -> None:
         """
-        See `ILimit.release`.
+        Give back what a connection has.
 
         :param count: of how many limits, the first ones; None for all.
         """
@@ -411,8 +378,5 @@ class All:
                 self._log.failure("{limit} failed to take a slot back", limit=limit)
 
     def subscribe(self, callback: Callable[[], None]) -> None:
-        """
-        See `ILimit.subscribe`.
-        """
         for limit in self.limits:
             limit.subscribe(callback)

@@ -28,39 +28,25 @@ class LimiterObserver:
     """
 
     def exempted(self, limiter: ILimiter, connection: IOccupant) -> None:
-        """
-        See `ILimiterObserver.exempted`.
-        """
+        pass
 
     def waiting(self, limiter: ILimiter, connection: IOccupant) -> None:
-        """
-        See `ILimiterObserver.waiting`.
-        """
+        pass
 
     def served(self, limiter: ILimiter, connection: IOccupant, waited: float) -> None:
-        """
-        See `ILimiterObserver.served`.
-        """
+        pass
 
     def finished(self, limiter: ILimiter, connection: IOccupant) -> None:
-        """
-        See `ILimiterObserver.finished`.
-        """
+        pass
 
     def refused(self, limiter: ILimiter, connection: IOccupant, reason: str) -> None:
-        """
-        See `ILimiterObserver.refused`.
-        """
+        pass
 
     def departed(self, limiter: ILimiter, connection: IOccupant, waited: float) -> None:
-        """
-        See `ILimiterObserver.departed`.
-        """
+        pass
 
     def reconfigured(self, limiter: ILimiter, changes: dict[str, tuple[Any, Any]]) -> None:
-        """
-        See `ILimiterObserver.reconfigured`.
-        """
+        pass
 
 
 def hears(observer: object, event: str) -> bool:
@@ -115,17 +101,11 @@ class LimiterLog(LimiterObserver):
         self._end_of_story = _EndOfStory(self)
 
     def waiting(self, limiter: ILimiter, connection: IOccupant) -> None:
-        """
-        See `ILimiterObserver.waiting`.
-        """
         story = self._story or self._begin(limiter)
         story.waited += 1
         story.at_once = max(story.at_once, limiter.waiting)
 
     def refused(self, limiter: ILimiter, connection: IOccupant, reason: str) -> None:
-        """
-        See `ILimiterObserver.refused`.
-        """
         if reason == DRAINING:
             return
         story = self._story or self._begin(limiter)
@@ -134,17 +114,11 @@ class LimiterLog(LimiterObserver):
             self._tell(limiter, limiter.limited_by(reason, connection))
 
     def departed(self, limiter: ILimiter, connection: IOccupant, waited: float) -> None:
-        """
-        See `ILimiterObserver.departed`.
-        """
         if self._story is not None:
             self._story.departed += 1
             self.may_have_room(limiter)
 
     def reconfigured(self, limiter: ILimiter, changes: dict[str, tuple[Any, Any]]) -> None:
-        """
-        See `ILimiterObserver.reconfigured`.
-        """
         self._log.info(
             "{limiter}: {changes}",
             limiter=changes["name"][1] if "name" in changes else limiter.name,
@@ -261,15 +235,9 @@ class _EndOfStory(LimiterObserver):
         self._log = log
 
     def served(self, limiter: ILimiter, connection: IOccupant, waited: float) -> None:
-        """
-        See `ILimiterObserver.served`.
-        """
         self._log.may_have_room(limiter)
 
     def finished(self, limiter: ILimiter, connection: IOccupant) -> None:
-        """
-        See `ILimiterObserver.finished`.
-        """
         self._log.may_have_room(limiter)
 
 
@@ -281,39 +249,21 @@ class ConnectionLog(LimiterObserver):
     _log = Logger(namespace="connlimit.connection")
 
     def waiting(self, limiter: ILimiter, connection: IOccupant) -> None:
-        """
-        See `ILimiterObserver.waiting`.
-        """
         self._debug("waits", limiter, connection)
 
     def served(self, limiter: ILimiter, connection: IOccupant, waited: float) -> None:
-        """
-        See `ILimiterObserver.served`.
-        """
         self._debug("is served", limiter, connection)
 
     def exempted(self, limiter: ILimiter, connection: IOccupant) -> None:
-        """
-        See `ILimiterObserver.exempted`.
-        """
         self._debug("is exempt and served", limiter, connection)
 
     def finished(self, limiter: ILimiter, connection: IOccupant) -> None:
-        """
-        See `ILimiterObserver.finished`.
-        """
         self._debug("has finished", limiter, connection)
 
     def refused(self, limiter: ILimiter, connection: IOccupant, reason: str) -> None:
-        """
-        See `ILimiterObserver.refused`.
-        """
         self._debug(f"is refused ({reason})", limiter, connection)
 
     def departed(self, limiter: ILimiter, connection: IOccupant, waited: float) -> None:
-        """
-        See `ILimiterObserver.departed`.
-        """
         self._debug("departed", limiter, connection)
 
     def _debug(self, what: str, limiter: ILimiter, connection: IOccupant) -> None:

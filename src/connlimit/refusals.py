@@ -144,9 +144,6 @@ class Say:
     sentence: bytes
 
     def build_protocol(self, address: IAddress, reason: str, retry_after: float) -> IProtocol | None:
-        """
-        See `IRefusal.build_protocol`.
-        """
         return Speaking(lambda received: self.sentence)
 
 
@@ -169,9 +166,6 @@ class Preset:
         return self.name
 
     def build_protocol(self, address: IAddress, reason: str, retry_after: float) -> IProtocol | None:
-        """
-        See `IRefusal.build_protocol`.
-        """
         words, seconds = WORDS[reason], math.ceil(retry_after)
         return self.protocol(lambda received: self.answer(words, seconds, received))
 
@@ -186,9 +180,6 @@ class FromFactory:
     factory: IProtocolFactory
 
     def build_protocol(self, address: IAddress, reason: str, retry_after: float) -> IProtocol | None:
-        """
-        See `IRefusal.build_protocol`.
-        """
         return self.factory.buildProtocol(address)
 
 

@@ -53,19 +53,13 @@ class IPlaceholder(Interface):
     """
 
     def serve() -> None:
-        """
-        See `IConnection.serve`.
-        """
+        pass
 
     def refuse(reason: str) -> None:
-        """
-        See `IConnection.refuse`.
-        """
+        pass
 
     def reconsider() -> None:
-        """
-        See `IConnection.reconsider`.
-        """
+        pass
 
 
 @implementer(IConnection, IProtocol, ILoggingContext)

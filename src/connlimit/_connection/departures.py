@@ -164,17 +164,11 @@ class Looks:
         self._timer: Any = None
 
     def watch(self, descriptor: int, watched: Watched) -> None:
-        """
-        See `Departures.watch`.
-        """
         self._watched[descriptor] = watched
         if self._timer is None:
             self._timer = self._reactor.callLater(_LOOK_INTERVAL, self._look)
 
     def unwatch(self, descriptor: int, watched: Watched) -> None:
-        """
-        See `Departures.unwatch`.
-        """
         if self._watched.get(descriptor) is watched:
             del self._watched[descriptor]
         if not self._watched and self._timer is not None:
@@ -183,7 +177,7 @@ class Looks:
 
     def look_again(self, descriptor: int, watched: Watched) -> None:
         """
-        See `Departures.look_again`: each is looked at again in any case.
+        Each is looked at again in any case.
         """
 
     def _look(self) -> None:

@@ -94,9 +94,6 @@ class _Refusing(Protocol):
             abort(self.transport)
 
     def said(self) -> Deferred[None]:
-        """
-        See `IRefusing.said`.
-        """
         self._hurry()
         waiting: Deferred[None] = Deferred()
         self._waiting.append(waiting)

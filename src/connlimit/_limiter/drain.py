@@ -60,9 +60,6 @@ class Drain(LimiterObserver):
         return self._done
 
     def finished(self, limiter: ILimiter, connection: IOccupant) -> None:
-        """
-        See `ILimiterObserver.finished`.
-        """
         self._remaining.discard(connection)
         self._check()
 

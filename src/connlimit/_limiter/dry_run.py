@@ -118,9 +118,6 @@ class DryRun(LimiterObserver):
             )
 
     def served(self, limiter: ILimiter, connection: IOccupant, waited: float) -> None:
-        """
-        See `ILimiterObserver.served`.
-        """
         self._forget_collected()
         self._found_active[limiter.active - 1] += 1
         shadow = NullConnection(connection.address)
@@ -132,9 +129,6 @@ class DryRun(LimiterObserver):
             self._timer = limiter.clock.callLater(_REPORT_INTERVAL, self._minute_over)
 
     def finished(self, limiter: ILimiter, connection: IOccupant) -> None:
-        """
-        See `ILimiterObserver.finished`.
-        """
         self._end(self._shadows.pop(ref(connection), None))
 
     def _end(self, shadow: NullConnection | None) -> None:

@@ -93,21 +93,12 @@ class _Port:
         self._port = port
 
     def is_listening(self) -> bool:
-        """
-        See `IPort.is_listening`.
-        """
         return bool(self._port.connected)
 
     def backlog(self) -> int | None:
-        """
-        See `IPort.backlog`.
-        """
         return sockets.backlog(self._port.socket)
 
     def stop_listening(self) -> Any:
-        """
-        See `IPort.stop_listening`.
-        """
         return self._port.stopListening()
 
 
@@ -176,39 +167,21 @@ class _StoppingPort(_Port, LimiterObserver):
                 return
 
     def waiting(self, limiter: ILimiter, connection: IOccupant) -> None:
-        """
-        See `ILimiterObserver.waiting`.
-        """
         self._check()
 
     def served(self, limiter: ILimiter, connection: IOccupant, waited: float) -> None:
-        """
-        See `ILimiterObserver.served`.
-        """
         self._check()
 
     def refused(self, limiter: ILimiter, connection: IOccupant, reason: str) -> None:
-        """
-        See `ILimiterObserver.refused`.
-        """
         self._check()
 
     def departed(self, limiter: ILimiter, connection: IOccupant, waited: float) -> None:
-        """
-        See `ILimiterObserver.departed`.
-        """
         self._check()
 
     def finished(self, limiter: ILimiter, connection: IOccupant) -> None:
-        """
-        See `ILimiterObserver.finished`.
-        """
         self._check()
 
     def reconfigured(self, limiter: ILimiter, changes: dict[str, tuple[Any, Any]]) -> None:
-        """
-        See `ILimiterObserver.reconfigured`.
-        """
         self._look_soon(0)  # they take effect after this call
 
     def _check(self) -> None:

@@ -51,9 +51,6 @@ class SentinelEndpoint:
     _first: int = 0
 
     def connect(self, protocolFactory: IProtocolFactory) -> Deferred[IProtocol]:
-        """
-        See `IStreamClientEndpoint.connect`.
-        """
         return Deferred.fromCoroutine(self._connect(protocolFactory))
 
     async def _connect(self, factory: IProtocolFactory) -> IProtocol:

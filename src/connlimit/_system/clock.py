@@ -61,9 +61,6 @@ class ReactorClock:
     def callLater(
         self, delay: float, callable: Callable[..., object], *args: Any, **kwargs: Any
     ) -> IDelayedCall:
-        """
-        See `IReactorTime.callLater`.
-        """
         call = DelayedCall(
             monotonic() + max(0.0, delay), callable, args, kwargs, _no_timers, _no_timers, monotonic
         )
@@ -81,7 +78,7 @@ class ReactorClock:
 
     def getDelayedCalls(self) -> Sequence[IDelayedCall]:
         """
-        See `IReactorTime.getDelayedCalls`: those of all clocks of this reactor.
+        Those of all clocks of this reactor.
         """
         return _timers_of(self._known()).pending()
 

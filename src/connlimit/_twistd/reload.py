@@ -88,7 +88,7 @@ class ConfiguredProgram(Program):
 
     def all_limiters(self) -> list[Limiter]:
         """
-        See `Program.all_limiters`: also those that were removed, while somebody is served by them.
+        Also those that were removed, while somebody is served by them.
         """
         return [*super().all_limiters(), *self._departing]
 

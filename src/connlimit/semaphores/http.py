@@ -213,9 +213,6 @@ class _Endpoints:
     reactor: Any
 
     def endpointForURI(self, uri: URI) -> IStreamClientEndpoint:
-        """
-        See `IAgentEndpointFactory.endpointForURI`.
-        """
         host = uri.host.decode().strip("[]")
         kind = (
             TCP4ClientEndpoint
@@ -243,9 +240,6 @@ class _Bounded:
     endpoint: IStreamClientEndpoint
 
     def connect(self, factory: Any) -> Deferred[Any]:
-        """
-        See `IStreamClientEndpoint.connect`.
-        """
         wrapping = WrappingFactory(factory)
         # Each would have two lines in the log for each connection.
         wrapping.noisy = factory.noisy = False

@@ -52,9 +52,6 @@ class Peer:
         self._expiry_timer: IDelayedCall | None = None
 
     def lock(self, name: str, count: int = 1, timeout: float | None = None) -> Lock:
-        """
-        See `Semaphores.lock`.
-        """
         return Lock(self, name, count, timeout)
 
     @property
@@ -65,9 +62,6 @@ class Peer:
         return since_boot() >= self._known_until
 
     async def acquire(self, lock: Lock, timeout: float | None) -> None:
-        """
-        See `Lock.acquire`.
-        """
         name = lock.name
         if name in self._held:
             raise SemaphoreError(409, f"this peer holds {name} already")
@@ -189,9 +183,6 @@ class Peer:
             )
 
     async def release(self, name: str) -> None:
-        """
-        See `Lock.release`.
-        """
         if name not in self._held:
             raise ValueError(f"{name} is not held")
         del self._held[name]

@@ -207,15 +207,9 @@ class RedisLimit:
     # ILimit
 
     def subscribe(self, callback: Callable[[], None]) -> None:
-        """
-        See `ILimit.subscribe`.
-        """
         self._subscribers.append(callback)
 
     def try_acquire(self, connection: IOccupant) -> bool:
-        """
-        See `ILimit.try_acquire`.
-        """
         in_use = self.in_use + 1
         if (in_use <= self.held - self._set_aside and since_boot() < self._ends) or in_use <= self._room():
             self.in_use = in_use
@@ -234,9 +228,6 @@ class RedisLimit:
         return False
 
     def release(self, connection: IOccupant) -> None:
-        """
-        See `ILimit.release`.
-        """
         self.in_use -= 1
         if self._others_ask and not (self._is_away or self._is_slow):
             # Whose turn it is, Redis knows.
@@ -244,9 +235,6 @@ class RedisLimit:
             self._ask_soon(0)
 
     def refuses(self) -> bool:
-        """
-        See `IRefusingLimit.refuses`.
-        """
         return self._refuses and self._is_away_for_long() and not (self.held and since_boot() < self._ends)
 
     def _room(self) -> int:
@@ -294,9 +282,6 @@ class RedisLimit:
         self._link.ask(self)
 
     def question(self, same: int) -> str:
-        """
-        See `IAsker.question`.
-        """
         now = self._began = since_boot()
         if now >= self._ends:
             self.held, self._set_aside = self.in_use, 0
@@ -343,9 +328,6 @@ class RedisLimit:
         return self._say(in_use=0, kept=0, wanted=0, more=False, age=-1, same=True, outlived=0, leaves=True)
 
     def answered(self, answer: Any) -> None:
-        """
-        See `IAsker.answered`.
-        """
         self._asking = False
         if self._closed:
             return
@@ -430,26 +412,17 @@ class RedisLimit:
         return _IDLE * random.uniform(0.9, 1)
 
     def rejected(self, error: Exception) -> None:
-        """
-        See `IAsker.rejected`.
-        """
         self.unreachable(error)
         self._rejections = min(self._rejections + 1, 10)
         self._ask_soon(min(_PATIENCE, 0.1 * 2**self._rejections) * random.uniform(0.5, 1))
 
     def slow(self) -> None:
-        """
-        See `IAsker.slow`.
-        """
         # Redis has not been told that these are given back.
         self._is_slow = True
         self._set_aside = 0
         self._tell()
 
     def unreachable(self, error: Exception) -> None:
-        """
-        See `IAsker.unreachable`.
-        """
         self._asking = False
         if self._closed or not (self.in_use or self.held or self._short):
             return
@@ -462,9 +435,6 @@ class RedisLimit:
         self._tell()
 
     def reachable(self) -> None:
-        """
-        See `IAsker.reachable`.
-        """
         asks = self._asking or self._is_away or self.in_use or self.held or self._short
         self._asking = False
         self._set_aside = 0
@@ -474,9 +444,6 @@ class RedisLimit:
             self._ask_soon(_IDLE * random.uniform(0.5, 1))
 
     def heard(self, message: str) -> None:
-        """
-        See `IAsker.heard`.
-        """
         if message == self.member:
             if self._short or self._queued or self._asking:
                 self._ask_soon(0)
@@ -489,9 +456,6 @@ class RedisLimit:
                 self._ask_soon(0)
 
     def deaf(self) -> None:
-        """
-        See `IAsker.deaf`.
-        """
         if self._short:
             self._ask_soon(_POLL)
 

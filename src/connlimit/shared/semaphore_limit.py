@@ -93,15 +93,9 @@ class ThrottleLimit:
         return len(self._in_use) + len(self._free)
 
     def subscribe(self, callback: Callable[[], None]) -> None:
-        """
-        See `ILimit.subscribe`.
-        """
         self._subscribers.append(callback)
 
     def try_acquire(self, connection: IOccupant) -> bool:
-        """
-        See `ILimit.try_acquire`.
-        """
         while self._free:
             slot = self._free.pop()
             if not slot.lock.lost:
@@ -113,9 +107,6 @@ class ThrottleLimit:
         return False
 
     def release(self, connection: IOccupant) -> None:
-        """
-        See `ILimit.release`.
-        """
         if not self._in_use:
             return  # closed
         slot = self._in_use.popleft()

@@ -48,19 +48,13 @@ class _StatusPort:
 
     def startListening(self) -> None:
         """
-        See `IListeningPort.startListening`. It listens already.
+        It listens already.
         """
 
     def stopListening(self) -> Deferred[Any]:
-        """
-        See `IListeningPort.stopListening`.
-        """
         return maybeDeferred(self.service.stopService)
 
     def getHost(self) -> IAddress:
-        """
-        See `IListeningPort.getHost`.
-        """
         host: IAddress = self.port.getHost()
         return host
 

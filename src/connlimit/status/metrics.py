@@ -51,9 +51,6 @@ class LimiterCollector(Collector):
         self._reactor_lag = reactor_lag
 
     def collect(self) -> Iterator[Metric]:
-        """
-        See `prometheus_client.registry.Collector.collect`.
-        """
         yield InfoMetricFamily("connlimit_build", "What serves these metrics.", {"version": __version__})
         yield from self._settings()
         yield from self._figures()

@@ -67,17 +67,11 @@ class Watch(LimiterObserver):
         limiter.add_observer(self)
 
     def served(self, limiter: ILimiter, connection: IOccupant, waited: float) -> None:
-        """
-        See `ILimiterObserver.served`.
-        """
         self.counts[bisect_left(BUCKETS, waited)] += 1
         self.total += waited
         self._last.append(waited)
 
     def reconfigured(self, limiter: ILimiter, changes: dict[str, tuple[Any, Any]]) -> None:
-        """
-        See `ILimiterObserver.reconfigured`.
-        """
         self._changed()
 
     def sample(self) -> None:

@@ -159,15 +159,9 @@ class BorrowedLimit:
         return "max_connections of all workers"
 
     def subscribe(self, callback: Callable[[], None]) -> None:
-        """
-        See `ILimit.subscribe`.
-        """
         self._subscribers.append(callback)
 
     def try_acquire(self, connection: IOccupant) -> bool:
-        """
-        See `ILimit.try_acquire`.
-        """
         if self.in_use < self.held:
             self.in_use += 1
             return True
@@ -177,9 +171,6 @@ class BorrowedLimit:
         return False
 
     def release(self, connection: IOccupant) -> None:
-        """
-        See `ILimit.release`.
-        """
         self.in_use -= 1
         self._give_back_unused()
 

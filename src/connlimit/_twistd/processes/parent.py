@@ -123,9 +123,6 @@ class Parent(Alone):
     # The part
 
     def watched(self, program: IRunning) -> Limited:
-        """
-        See `Alone.watched`.
-        """
         self._program = program
         return self
 
@@ -142,36 +139,24 @@ class Parent(Alone):
         return self._pooled
 
     def listening(self) -> AbstractContextManager[list[int]]:
-        """
-        See `Alone.listening`.
-        """
         return self.ports.listening()
 
     def is_over(self, limiter: Limiter) -> bool:
         """
-        See `Alone.is_over`: the workers know that it is no more, and have given back what they had.
+        Whether the workers know that it was removed, and have given back what they had.
         """
         is_known = all(worker.runs >= self._departed.get(limiter, 0) for worker in self._workers.values())
         return limiter not in self._keys or (is_known and self.lenders[self._keys[limiter]].is_over())
 
     def forget(self, limiter: Limiter) -> None:
-        """
-        See `Alone.forget`.
-        """
         self._departed.pop(limiter, None)
         if limiter in self._keys:
             del self.lenders[self._keys.pop(limiter)]
 
     def plugin(self, service: IService) -> IService:
-        """
-        See `Alone.plugin`.
-        """
         return _Ports(service)
 
     async def start(self, program: IRunning) -> None:
-        """
-        See `Alone.start`.
-        """
         self._program = program
         self._set_lenders()
         self._ports = tuple(self.ports.sockets())
@@ -181,9 +166,6 @@ class Parent(Alone):
         await self._all_ready
 
     def reload(self, program: IRunning, text: str | None) -> None:
-        """
-        See `Alone.reload`.
-        """
         self._set_lenders()
         before, self._ports = self._ports, tuple(self.ports.sockets())
         if (text, self._ports) == (self._text, before):
@@ -205,9 +187,6 @@ class Parent(Alone):
         return commands.Assignment(self.number, ports, limits, self._text, self._twistd)
 
     async def stop(self, program: IRunning) -> None:
-        """
-        See `Alone.stop`.
-        """
         self._stopping = True
         for limiter in self.limiters.values():
             limiter.drain()
@@ -414,15 +393,9 @@ class _Worker(ProcessProtocol):
             self.assign()
 
     def lend(self, name: str, slots: int) -> None:
-        """
-        See `Borrower.lend`.
-        """
         self._channel.tell(commands.Lend, limit=name, slots=slots)
 
     def recall(self, name: str, recalled: bool) -> None:
-        """
-        See `Borrower.recall`.
-        """
         self._channel.tell(commands.Recall, limit=name, recalled=recalled)
 
     def stop(self) -> None:

@@ -61,9 +61,6 @@ class Reporter(LimiterObserver):
         limiter.add_observer(self)
 
     def served(self, limiter: ILimiter, connection: IOccupant, waited: float) -> None:
-        """
-        See `ILimiterObserver.served`.
-        """
         self._waits.append(round(waited, 4))
 
     def reports(self) -> Iterator[str]:
@@ -143,50 +140,35 @@ class PooledLimiter:
 
     @property
     def name(self) -> str:
-        """
-        See `ILimiter.name`.
-        """
         return self.own.settings.name
 
     @property
     def settings(self) -> Settings:
         """
-        See `ILimiter.settings`: those that this process has sent to the workers.
+        Those that this process has sent to the workers.
         """
         return self.own.settings
 
     @property
     def limits(self) -> Sequence[ILimit]:
         """
-        See `ILimiter.limits`: those of this process.
+        Those of this process.
         """
         return self.own.limits
 
     @property
     def clock(self) -> IReactorTime:
-        """
-        See `ILimiter.clock`.
-        """
         return self.own.clock
 
     @property
     def active(self) -> int:
-        """
-        See `ILimiter.active`.
-        """
         return sum(report["figures"]["active"] for report in self._reports.values())
 
     @property
     def waiting(self) -> int:
-        """
-        See `ILimiter.waiting`.
-        """
         return sum(report["figures"]["waiting"] for report in self._reports.values())
 
     def snapshot(self) -> Snapshot:
-        """
-        See `ILimiter.snapshot`.
-        """
         own = self.own.snapshot()
         told = [own.figures(), self._ended, *(report["figures"] for report in self._reports.values())]
         return attrs.evolve(
@@ -200,20 +182,20 @@ class PooledLimiter:
 
     def has_room(self) -> bool:
         """
-        See `ILimiter.has_room`, as far as the number of all connections tells.
+        As far as the number of all connections shows.
         """
         most = self.settings.max_connections
         return not self.waiting and self.own.has_room() and (most is None or self.active < most)
 
     def limited_by(self, reason: str = FULL, connection: IOccupant | None = None) -> str:
         """
-        See `ILimiter.limited_by`: in the words of this process.
+        In the words of this process.
         """
         return self.own.limited_by(reason, connection)
 
     def busiest_peers(self, count: int) -> list[tuple[Hashable, int, int]]:
         """
-        See `ILimiter.busiest_peers`: of those that are among the busiest of a worker.
+        Of those that are among the busiest of a worker.
         """
         active: Counter[str] = Counter()
         waiting: Counter[str] = Counter()
@@ -226,15 +208,12 @@ class PooledLimiter:
 
     def find_busiest_peers(self, count: int) -> Generator[None, None, list[tuple[Hashable, int, int]]]:
         """
-        See `ILimiter.find_busiest_peers`. There are few, so one step does it.
+        There are few, so one step does it.
         """
         yield
         return self.busiest_peers(count)
 
     def first_waiting(self, count: int) -> list[tuple[str, float]]:
-        """
-        See `ILimiter.first_waiting`.
-        """
         line = [(address, age) for report in self._reports.values() for address, age in report["line"]]
         return nlargest(count, line, key=lambda each: each[1])
 
@@ -246,15 +225,12 @@ class PooledLimiter:
         self.own.add_observer(observer)
 
     def remove_observer(self, observer: ILimiterObserver) -> None:
-        """
-        See `ILimiter.remove_observer`.
-        """
         self._observers.remove(observer)
         self.own.remove_observer(observer)
 
     def drain(self, timeout: float | None = None) -> Deferred[None]:
         """
-        See `ILimiter.drain`: the workers do it, and the limiter of this process says that it is so.
+        The workers do it, and the limiter of this process says that it is so.
         """
         return self.own.drain(timeout)
 

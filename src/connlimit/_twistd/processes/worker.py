@@ -74,16 +74,13 @@ class Worker(Alone):
     # The part
 
     def limiter(self, settings: Settings, shared: str | None) -> Limiter:
-        """
-        See `Alone.limiter`.
-        """
         if shared is not None:
             return super().limiter(settings, shared)
         return Limiter(**settings.changed(), limits=[self._limit_of(settings.name)])
 
     def continued(self, name: str, limiters: list[Limiter]) -> Limiter | None:
         """
-        See `Alone.continued`: that of which the parent lends slots now.
+        That of which the parent lends slots now.
         """
         limit: object = self._limit_of(name)
         return next((each for each in limiters if limit in each.limits or not self._borrows(each)), None)
@@ -96,15 +93,9 @@ class Worker(Alone):
         return self.limit(self._assignment.limits[name])
 
     def listening(self) -> AbstractContextManager[list[int]]:
-        """
-        See `Alone.listening`.
-        """
         return self.ports.listening()
 
     def are_open(self, ports: Iterable[int]) -> bool:
-        """
-        See `Alone.are_open`.
-        """
         return self.ports.are_open(ports)
 
     def catch_signals(self, reactor: Any) -> None:
@@ -114,9 +105,6 @@ class Worker(Alone):
         signal.signal(signal.SIGTERM, lambda number, frame: reactor.callFromThread(self.order_to_stop))
 
     async def start(self, program: IRunning) -> None:
-        """
-        See `Alone.start`.
-        """
         assert self._assignment is not None
         self.channel.tell(commands.Ready, number=self._assignment.number)
 

@@ -108,15 +108,9 @@ class ServiceUnit:
         self._opened: dict[str, _Opened] = {}
 
     def wanted(self) -> list[str]:
-        """
-        See `Unit.wanted`.
-        """
         return list(self.endpoints)
 
     def opened(self) -> list[str]:
-        """
-        See `Unit.opened`.
-        """
         return list(self._opened)
 
     def stale(self) -> list[str]:
@@ -126,9 +120,6 @@ class ServiceUnit:
         return [piece for piece, opened in self._opened.items() if not self._role.are_open(opened.numbers)]
 
     def open(self, piece: str) -> None:
-        """
-        See `Unit.open`.
-        """
         watched = WatchedEndpoint(self.endpoints[piece], self.limiter, self.config.when_full)
         with self._role.listening() as numbers:
             opened = _Opened(numbers, listening=watched.listen(self.factory))
@@ -165,9 +156,6 @@ class ServiceUnit:
         self.config = parts.config
 
     async def close(self, piece: str, patience: float | None = STOP_TIMEOUT) -> None:
-        """
-        See `Unit.close`.
-        """
         opened = self._opened.pop(piece)
         if opened.port is not None:
             await stopped(self.name, opened.port.stopListening, patience)
@@ -175,9 +163,6 @@ class ServiceUnit:
             opened.listening.cancel()
 
     def may_be_at(self, piece: str, port: object) -> bool:
-        """
-        See `Unit.may_be_at`.
-        """
         listening: Any = self._opened[piece].port
         if listening is None:
             return False
@@ -202,15 +187,9 @@ class PluginUnit(ServiceUnit):
         self._service = role.plugin(parts.make_plugin(limiter))
 
     def wanted(self) -> list[str]:
-        """
-        See `Unit.wanted`.
-        """
         return [self.config.tac or self.config.plugin[0]]
 
     def open(self, piece: str) -> None:
-        """
-        See `Unit.open`.
-        """
         with self._role.listening() as numbers:
             started(self._service, self._service.privilegedStartService, *self._rest())
         self._opened[piece] = _Opened(numbers)
@@ -219,9 +198,6 @@ class PluginUnit(ServiceUnit):
         return [] if self._has_privileges else [self._service.startService]
 
     def start(self) -> None:
-        """
-        See `ServiceUnit.start`.
-        """
         self._has_privileges = False
         for opened in self._opened.values():
             with self._role.listening() as numbers:
@@ -229,15 +205,12 @@ class PluginUnit(ServiceUnit):
             opened.numbers += numbers
 
     async def close(self, piece: str, patience: float | None = STOP_TIMEOUT) -> None:
-        """
-        See `Unit.close`.
-        """
         del self._opened[piece]
         await stopped(self.name, self._service.stopService, patience)
 
     def may_be_at(self, piece: str, port: object) -> bool:
         """
-        See `Unit.may_be_at`: there is no telling.
+        Unknown, so it may be.
         """
         return True
 
@@ -255,15 +228,9 @@ class Page:
         self._service: IService | None = None
 
     def wanted(self) -> list[str]:
-        """
-        See `Unit.wanted`.
-        """
         return [] if self._config is None else [self._config.listen]
 
     def opened(self) -> list[str]:
-        """
-        See `Unit.opened`.
-        """
         return [] if self._service is None else self.wanted()
 
     def make(self) -> None:
@@ -278,9 +245,6 @@ class Page:
             program.status = self._service
 
     def open(self, piece: str) -> None:
-        """
-        See `Unit.open`.
-        """
         before = self._program.status
         self.make()
         service = self._service
@@ -292,9 +256,6 @@ class Page:
             raise
 
     async def close(self, piece: str, patience: float | None = STOP_TIMEOUT) -> None:
-        """
-        See `Unit.close`.
-        """
         service, self._service = self._service, None
         assert service is not None
         if self._program.status is service:
@@ -303,7 +264,7 @@ class Page:
 
     def may_be_at(self, piece: str, port: object) -> bool:
         """
-        See `Unit.may_be_at`: there is no telling.
+        Unknown, so it may be.
         """
         return True
 

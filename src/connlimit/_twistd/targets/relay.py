@@ -206,15 +206,9 @@ class ClientEnd(End):
     # What keeps the slot
 
     def keep_slot(self, release: Callable[[], None]) -> None:
-        """
-        See `ISlotKeeper.keep_slot`.
-        """
         self.pair.keep_slot(release)
 
     def is_over(self) -> bool:
-        """
-        See `ISlotKeeper.is_over`.
-        """
         pair = self.pair
         backend = pair.backend
         if backend is not None:
@@ -222,9 +216,6 @@ class ClientEnd(End):
         return self._connecting is None and (pair.client is None or sockets.is_dead(self.transport))
 
     def abort_all(self) -> None:
-        """
-        See `ISlotKeeper.abort_all`.
-        """
         self.pair.abort()
 
 

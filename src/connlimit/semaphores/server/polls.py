@@ -55,7 +55,7 @@ class Polls:
 
     def settled(self, peer: int, name: str, reason: Rejected | None) -> None:
         """
-        Hear that a lock is not pending any more. See `State.settled`.
+        A lock is not pending any more.
         """
         for poll in self._polls.get((peer, name), ()):
             # In a turn of its own, as the state is in the middle of an operation.

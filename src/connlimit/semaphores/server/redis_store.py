@@ -136,9 +136,6 @@ class RedisStore:
         self._asking: dict[Deferred[Any], int] = {}
 
     def submit(self, operation: str, *arguments: Any) -> Any:
-        """
-        See `IStore.submit`.
-        """
         self._count += 1
         token = f"{self._member}:{self._count}"
         if operation in QUESTIONS:
@@ -156,15 +153,9 @@ class RedisStore:
         return done
 
     def seconds(self) -> float:
-        """
-        See `IStore.seconds`.
-        """
         return self._time / 1000 + max(0.0, time.monotonic() - self._time_seen)
 
     def close(self) -> Deferred[None]:
-        """
-        See `IStore.close`.
-        """
         self._closed = True
         self._timer.cancel()
         if self._beat is not None:

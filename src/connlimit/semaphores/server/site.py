@@ -119,9 +119,6 @@ class SemaphoreSite(HttpFactory):
     # How any request is answered
 
     def answer(self, request: Request, reply: _Reply) -> Callable[[], None] | None:
-        """
-        See `HttpFactory.answer`.
-        """
         self._in_flight += 1
         try:
             answer = self._handle(request)

@@ -101,17 +101,11 @@ class MemoryStore:
         self._timer = Timer(self, clock)
 
     def submit(self, operation: str, *arguments: Any) -> Any:
-        """
-        See `IStore.submit`.
-        """
         try:
             return self.state.apply(self.seconds(), operation, arguments)
         finally:
             self._timer.set()
 
     def close(self) -> Deferred[None]:
-        """
-        See `IStore.close`.
-        """
         self._timer.cancel()
         return succeed(None)
