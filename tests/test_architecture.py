@@ -24,6 +24,7 @@ CORE = {"twisted", "zope", "attrs", "attr", "constantly", "incremental", "OpenSS
 EXTRAS = {
     "status.metrics": {"prometheus_client"},
     "_redis.client": {"txredisapi"},
+    "_redis.connections": {"txredisapi"},
     "_redis.link": {"txredisapi"},
     "_redis.sentinel": {"txredisapi"},
     "_twistd.toml": {"tomli", "tomllib"},

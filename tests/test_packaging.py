@@ -170,6 +170,8 @@ def test_the_core_alone_works_and_says_which_extra_it_lacks(built: Path, environ
             "connlimit._redis.client": "txredisapi",
             "connlimit._redis.address": "txredisapi",
             "connlimit.shared.redis_limit": "txredisapi",
+            "connlimit._redis.asker": "txredisapi",
+            "connlimit._redis.connections": "txredisapi",
             "connlimit._redis.link": "txredisapi",
             "connlimit._redis.sentinel": "txredisapi",
             "connlimit.metrics": "prometheus_client",

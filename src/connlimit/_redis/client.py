@@ -25,7 +25,7 @@ from connlimit._system.clock import clock_of
 LONGEST = 1 << 20
 
 
-class _Careful:
+class Careful:
     """
     What both kinds of connection have in common: what is no Redis, or says too much, is cut off.
     """
@@ -112,7 +112,7 @@ def _words(words: Iterable[bytes]) -> bytes:
     return b"".join([b"$%d\r\n%b\r\n" % (len(word), word) for word in words])
 
 
-class Asking(_Careful, txredisapi.RedisProtocol):
+class Asking(Careful, txredisapi.RedisProtocol):
     """
     A connection for questions.
     """
@@ -143,7 +143,7 @@ class Asking(_Careful, txredisapi.RedisProtocol):
         return answer
 
 
-class Hearing(_Careful, txredisapi.SubscriberProtocol):
+class Hearing(Careful, txredisapi.SubscriberProtocol):
     """
     A connection that hears what is published.
 

@@ -22,10 +22,10 @@ from twisted.internet.interfaces import IDelayedCall
 from twisted.internet.protocol import Factory
 from twisted.logger import Logger
 from twisted.python.failure import Failure
-from zope.interface import Attribute, Interface
 
 from connlimit._redis.address import RedisAddress
-from connlimit._redis.client import Asking, Script, _Careful, describe, greet
+from connlimit._redis.client import describe, greet
+from connlimit._redis.connections import Ear, Questions
 from connlimit._system.bounded_log import BoundedLog
 from connlimit._system.clock import clock_of
 from connlimit._system.since_boot import since_boot
@@ -62,121 +62,6 @@ _CHANNELS = 500
 
 #: What a Redis answers that is to be left, and tried again: nobody is served by it.
 _USELESS = ("NOAUTH", "WRONGPASS", "READONLY", "LOADING", "MASTERDOWN", "CLUSTERDOWN", "UNKILLABLE", "BUSY")
-
-
-class IAsker(Interface):
-    """
-    Whoever asks a Redis. None of its methods may raise; if one does, that is logged.
-    """
-
-    member: str = Attribute("Its name, which begins with that of the link's process.")
-    channel: str = Attribute("What it hears, once it has called `Link.hear`.")
-    script: Script = Attribute("The script that it asks, with its keys.")
-    patience: float = Attribute("Seconds in which an answer should come.")
-
-    def question(same: int) -> str:
-        """
-        The argument of the script, at the moment it is sent.
-
-        :param same: the number of the connection over which that is done.
-        """
-
-    def answered(answer: Any) -> None:
-        """
-        What the script returned.
-        """
-
-    def rejected(error: Exception) -> None:
-        """
-        Redis refused to carry the script out.
-        """
-
-    def slow() -> None:
-        """
-        The answer takes a while.
-        """
-
-    def unreachable(error: Exception) -> None:
-        """
-        There is no Redis, nor an answer; told again at each attempt that fails.
-        """
-
-    def reachable() -> None:
-        """
-        There is a new connection. Whatever was asked before and not answered is forgotten.
-        """
-
-    def heard(message: str) -> None:
-        """
-        Something was published on its channel, or for it; an empty text if something may have been missed.
-        """
-
-    def deaf() -> None:
-        """
-        Nothing is heard any more, until something is.
-        """
-
-
-class _Questions(Asking):
-    """
-    The connection for questions.
-    """
-
-    ended: Callable[[Any, Failure], None] | None = None
-
-    def connectionLost(self, reason: Failure) -> None:
-        """
-        Tell the link.
-        """
-        ended, self.ended = self.ended, None
-        why = Failure(self._why) if self._why is not None else reason
-        super().connectionLost(reason)
-        if ended is not None:
-            ended(self, why)
-
-
-class _Ear(_Careful, txredisapi.RedisProtocol):
-    """
-    The connection that hears.
-    """
-
-    ended: Callable[[Any], None] | None = None
-    heard: Callable[[str, str], None]
-    subscribed: Callable[[str], None]
-    refused: Callable[[Exception], None]
-    pinged_at: float | None = None
-
-    def replyReceived(self, reply: Any) -> None:
-        """
-        Hear of a notification, or of an answer.
-        """
-        if not isinstance(reply, list) or len(reply) < 2:
-            if isinstance(reply, Exception) and not self.replyQueue.waiting:
-                self.refused(reply)
-            super().replyReceived(reply)
-            return
-        self._received = 0
-        if reply[0] == "message" and len(reply) == 3:
-            self.heard(str(reply[1]), str(reply[2]))
-        elif reply[0] == "subscribe":
-            self.subscribed(str(reply[1]))
-        elif reply[0] == "pong":
-            self.pinged_at = None
-
-    def say(self, *words: object) -> None:
-        """
-        Say something whose answer is no reply, but heard.
-        """
-        self.transport.write(self._build_command(*words))
-
-    def connectionLost(self, reason: Failure) -> None:
-        """
-        Tell the link.
-        """
-        super().connectionLost(reason)
-        ended, self.ended = self.ended, None
-        if ended is not None:
-            ended(self)
 
 
 _links: WeakValueDictionary[tuple[int, RedisAddress], Link] = WeakValueDictionary()
@@ -414,7 +299,7 @@ class Link:
                 self._pause.cancel()
             self._pause = None
         if self._connecting is None and self._questions is None:
-            self._connecting = Deferred.fromCoroutine(self._open(_Questions))
+            self._connecting = Deferred.fromCoroutine(self._open(Questions))
             self._connecting.addCallbacks(self._connected, self._not_connected)
             self._connecting.addErrback(lambda failure: self._log.failure("{link}", failure, link=self))
 
@@ -542,7 +427,7 @@ class Link:
         ear = self._ear
         if ear is None and self._questions is not None:
             if self._ear_connecting is None:
-                self._ear_connecting = Deferred.fromCoroutine(self._open(_Ear))
+                self._ear_connecting = Deferred.fromCoroutine(self._open(Ear))
                 self._ear_connecting.addCallbacks(self._can_hear, self._cannot_hear)
                 self._ear_connecting.addErrback(
                     lambda failure: self._log.failure("{link}", failure, link=self)

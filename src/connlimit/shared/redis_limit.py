@@ -39,9 +39,10 @@ from zope.interface import implementer
 
 from connlimit._limiter.values import COUNT, NAME, duration
 from connlimit._redis.address import RedisAddress, url_parameters
+from connlimit._redis.asker import IAsker
 from connlimit._redis.client import Script, describe
 from connlimit._redis.link import PREFIX as PREFIX
-from connlimit._redis.link import TURNS, IAsker, Link
+from connlimit._redis.link import TURNS, Link
 from connlimit._system.bounded_log import BoundedLog
 from connlimit._system.clock import clock_of
 from connlimit._system.since_boot import since_boot
