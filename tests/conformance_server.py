@@ -76,7 +76,7 @@ BLOCK = bytes(range(256)) * 4096
 @implementer(ILimit)
 class Turnstile:
     """
-    Lets everybody through, but only after a moment in the line.
+    Lets everybody through, but only after a moment in the queue.
     """
 
     def __init__(self) -> None:

@@ -2,7 +2,7 @@
 A soak: random clients against a limited server that fails at random, and proof that nothing was lost.
 
 Run as: python tests/soak.py [--seconds 60] [--seed N] [--clients 100] [--reactor epoll]. It ends with one
-line, and with exit code 0 only if no slot, no place in the line and no descriptor is left behind and the
+line, and with exit code 0 only if no slot, no position in the queue and no descriptor is left behind and the
 counters add up.
 """
 

@@ -1,5 +1,5 @@
 """
-A connection limiter for any Twisted server: so many are served at once, the others wait in line.
+A connection limiter for any Twisted server: a fixed number are served at once, the others wait in a queue.
 """
 
 from connlimit._connection.factory import LimitingFactory

@@ -1,5 +1,5 @@
 """
-What occupants, limits, orders, refusals and observers are to each other, and what a limiter tells of itself.
+What occupants, limits, orders, refusals and observers are to each other, and what a limiter shows of itself.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ class Snapshot:
     reclaimed: int = attrs.field(
         metadata=figure(
             COUNTER,
-            "of the finished, those whose protocol was not told of the end of its socket",
+            "of the finished, those whose protocol did not learn of the end of its socket",
             title="slots reclaimed",
         )
     )
@@ -432,7 +432,7 @@ class ISlotKeeper(Interface):
 
 class ILimiter(Interface):
     """
-    What a limiter tells of itself: one of this process, or those of one name in all workers as one.
+    What a limiter shows of itself: one of this process, or those of one name in all workers as one.
     """
 
     name: str = Attribute("What it is called where it is shown.")
@@ -440,7 +440,7 @@ class ILimiter(Interface):
     limits: Any = Attribute("The further limits that it was given.")
     clock: Any = Attribute("Where its time comes from; it provides `IReactorTime`.")
     active: int = Attribute("How many connections hold a slot.")
-    waiting: int = Attribute("How many connections wait in the line.")
+    waiting: int = Attribute("How many connections wait in the queue.")
 
     def snapshot() -> Snapshot:
         """
@@ -495,7 +495,7 @@ class ILimiter(Interface):
 
 class ILimiterObserver(Interface):
     """
-    Whoever watches limiters: metrics, log, status page.
+    What watches limiters: metrics, log, status page.
 
     It is called after the event has taken effect. What it raises is logged and changes nothing.
     `connlimit.observers.LimiterObserver` has all methods, doing nothing.
@@ -508,14 +508,14 @@ class ILimiterObserver(Interface):
 
     def waiting(limiter: ILimiter, connection: IOccupant) -> None:
         """
-        The connection has joined the line.
+        The connection has joined the queue.
         """
 
     def served(limiter: ILimiter, connection: IOccupant, waited: float) -> None:
         """
         The connection has got a slot.
 
-        :param waited: seconds in the line; 0.0 if there was room at once.
+        :param waited: seconds in the queue; 0.0 if there was room at once.
         """
 
     def finished(limiter: ILimiter, connection: IOccupant) -> None:
@@ -534,7 +534,7 @@ class ILimiterObserver(Interface):
         """
         The client went away while it waited.
 
-        :param waited: seconds in the line.
+        :param waited: seconds in the queue.
         """
 
     def reconfigured(limiter: ILimiter, changes: dict[str, tuple[Any, Any]]) -> None:

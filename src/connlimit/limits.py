@@ -21,7 +21,7 @@ from connlimit.interfaces import IKeyedLimit, ILimit, IOccupant
 
 class _Announcing:
     """
-    Tells whoever asked for it that there may be room.
+    Tells those who asked for it that there may be room.
     """
 
     def __init__(self) -> None:
@@ -67,7 +67,7 @@ class _Slots(_Announcing):
 @implementer(ILimit)
 class Total(_Slots):
     """
-    So many slots in all.
+    A number of slots in all.
 
     :ivar in_use: how many slots are taken; after a cut it can exceed the limit until enough are released.
     """
@@ -100,7 +100,7 @@ class Total(_Slots):
 @implementer(IKeyedLimit)
 class PerPeer(_Slots):
     """
-    So many slots for each key. A key of which nothing is held is forgotten.
+    A number of slots for each key. A key of which nothing is held is forgotten.
 
     The function that gives the keys must not fail, and give the same key for the same address.
     """
@@ -163,7 +163,7 @@ class PerPeer(_Slots):
 
 class PerKey(PerPeer):
     """
-    So many slots for each key. A key of which nothing is held is forgotten.
+    A number of slots for each key. A key of which nothing is held is forgotten.
 
     The function that gives the keys is asked once for each address that holds slots. If it fails, or gives
     nothing that can be a key, that is logged and the address is a key of its own.
@@ -248,7 +248,7 @@ class _OwnKey:
 @implementer(ILimit)
 class Rate(_Announcing):
     """
-    So many slots taken in a second, however long they are held: a token bucket.
+    A number of slots taken in a second, however long they are held: a token bucket.
     """
 
     def __init__(self, rate: float, burst: int | None = None, clock: IReactorTime | None = None) -> None:
@@ -275,12 +275,12 @@ class Rate(_Announcing):
         self._count()
         self._set(rate, burst)
         self._tokens = min(self._tokens, self._most)
-        # Whoever changes the rate asks again.
+        # The code that changes the rate asks again.
         self._unset_timer()
 
     def within(self, seconds: float) -> float:
         """
-        How many slots there will be to take within so many seconds, from now on.
+        How many slots there will be to take within this number of seconds, from now on.
         """
         self._count()
         return min(self._most, self._tokens) + seconds * self._rate

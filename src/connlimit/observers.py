@@ -1,5 +1,5 @@
 """
-Whoever watches a limiter: the base class for observers of your own, and the log.
+What watches a limiter: the base class for observers of your own, and the log.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class LimiterObserver:
 
 def hears(observer: object, event: str) -> bool:
     """
-    Whether an observer does anything when it is told of an event, by the name of its method.
+    Whether an observer does anything when it hears an event, by the name of its method.
     """
     try:
         method = getattr(observer, event, None)
@@ -128,8 +128,8 @@ class LimiterLog(LimiterObserver):
 
     def may_have_room(self, limiter: ILimiter) -> None:
         """
-        End the story, when nobody waits and one more would be served; if there is nothing to tell of it, when
-        nobody waits.
+        End the story, when nobody waits and one more would be served; if nothing was logged, when nobody
+        waits.
         """
         story = self._story
         if story is None or limiter.waiting:

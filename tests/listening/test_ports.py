@@ -179,7 +179,7 @@ def test_a_crowd_of_clients_never_takes_the_last_descriptors(when_full: str, tmp
             assert first.recv(100) == b"still, a file opened"
             for client in clients:
                 client.close()
-            # Those who went are still in the backlog and in the line, until the program has seen each.
+            # Those who went are still in the backlog and in the queue, until the program has seen each.
             began = time.monotonic()
             while answer_to(port, b"now") != b"now, a file opened":
                 assert time.monotonic() - began < PATIENCE

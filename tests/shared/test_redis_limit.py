@@ -503,7 +503,7 @@ def test_a_file_that_is_read_again_changes_what_is_shared(redis: Redis, tmp_path
         assert other.recv(10) == b"hello"
         write(1)
         program.process.send_signal(signal.SIGHUP)
-        program.wait_for("was read again(.|\n)*was read again")
+        program.wait_for(r"reloaded \S*toml(.|\n)*reloaded \S*toml")
         one.close()
         third = connect()
         third.settimeout(0.5)

@@ -95,7 +95,7 @@ class Running:
         where = f"tcp:{port or self.port}:interface=127.0.0.1"
         return f'[services.{name}]\nlisten = ["{where}"]\nfactory = "{factory}"\nlimiter = "main"\n'
 
-    def reload(self, told: str = "was read again") -> None:
+    def reload(self, told: str = "reloaded ") -> None:
         before = self.program.output.count(told)
         self.program.process.send_signal(signal.SIGHUP)
         began = time.monotonic()

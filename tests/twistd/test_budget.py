@@ -117,7 +117,7 @@ def test_a_raised_limit_serves_those_who_wait_as_far_as_the_backends_descriptors
         assert refused < 150
         file.write_text(file.read_text().replace("max_connections = 2\n", "max_connections = 100\n"))
         program.process.send_signal(signal.SIGHUP)
-        program.wait_for("was read again")
+        program.wait_for("reloaded ")
         for client in clients[: len(clients) - refused]:
             assert echoes(client)
             client.close()

@@ -357,7 +357,7 @@ def test_the_descriptor_limit_is_raised_and_the_budget_logged(echo: Path) -> Non
     arguments = ["--listen", LOCAL, "--factory", "echo_server:factory", "--name", "echoes"]
     limits = ["--max-connections", "5", "--max-waiting", "7"]
     with running("connlimit", *arguments, *limits, cwd=echo, ulimit="-Sn 200") as program:
-        program.wait_for(rf"echoes: {hard} descriptors, .* 5 served at once, room for 7 in the line")
+        program.wait_for(rf"echoes: {hard} descriptors, .* 5 served at once, room for 7 in the queue")
         in_force = Path(f"/proc/{program.process.pid}/limits").read_text()
         assert f"Max open files            {hard}" in in_force
         assert program.terminate() == 0

@@ -227,7 +227,7 @@ def test_a_status_page_whose_port_is_taken_comes_when_it_is_free(configured: Run
         configured.write(text)
         configured.reload()
         configured.program.wait_for("the status page cannot be started: .* it is tried again every second")
-    configured.program.wait_for("the status page is started")
+    configured.program.wait_for("the status page started")
     assert configured.get("health") == "ok\n"
     assert configured.program.output.count("cannot be started") == 1
 
@@ -324,7 +324,7 @@ def test_the_shipped_example_runs_is_reloaded_and_stops(tmp_path: Path) -> None:
         assert page("8080") == "the page"
         with socket.create_connection(("127.0.0.1", ports["2525"]), PATIENCE) as client:
             client.sendall(b"PROXY TCP4 192.0.2.1 127.0.0.1 5 6\r\n")
-            program.wait_for("was read again")
+            program.wait_for("reloaded ")
         with urllib.request.urlopen(f"http://127.0.0.1:{ports['8081']}/health", timeout=PATIENCE) as answer:
             assert answer.read() == b"ok\n"
         assert program.terminate() == 0

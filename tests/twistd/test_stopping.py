@@ -449,7 +449,7 @@ def test_sighup_while_draining_opens_nothing_again(configured: Running) -> None:
         it.program.process.send_signal(signal.SIGTERM)
         it.program.wait_for("1 connections may finish")
         it.program.process.send_signal(signal.SIGHUP)
-        it.program.wait_for("is not read again: the program is stopping")
+        it.program.wait_for("is not reloaded: the program is stopping")
         wait_until_closed(it.port)
         assert ask(client) == b"hello you\r\n"
     assert end(it.program) < 5

@@ -49,7 +49,7 @@ class IFactory(TypingProtocol):
 
 class IPlaceholder(Interface):
     """
-    A delegate that holds the place of the real protocol while the connection waits. None of these raises.
+    A delegate that stands for the real protocol while the connection waits. None of these raises.
     """
 
     def serve() -> None:
@@ -67,7 +67,7 @@ class DelegatingProtocol:  # type: ignore[misc]  # connectionMade is for makeCon
     """
     What Twisted takes for the protocol of a connection; hands every event on to its delegate.
 
-    The delegate, ``wrappedProtocol``, is either the real protocol or an `IPlaceholder` that holds its place.
+    The delegate, ``wrappedProtocol``, is either the real protocol or an `IPlaceholder` that stands for it.
     It gets the real transport, not this object.
 
     Per event it costs one call. The delegate's method is looked up each time, since real protocols
@@ -125,7 +125,7 @@ class DelegatingProtocol:  # type: ignore[misc]  # connectionMade is for makeCon
 
     def has_delegate(self) -> None:
         """
-        A protocol has taken the place of the one that waited.
+        A protocol has replaced the one that waited.
         """
 
     def makeConnection(self, transport: Any) -> None:
@@ -159,9 +159,9 @@ class DelegatingProtocol:  # type: ignore[misc]  # connectionMade is for makeCon
 
     def _transport_lost(self, reason: Failure = connectionDone, outer: Any = None) -> None:
         """
-        Be the ``connectionLost`` of our transport: it is over, whoever has its events.
+        Be the ``connectionLost`` of our transport: it is over, whatever protocol has its events.
 
-        :param outer: what somebody else has put in its place before.
+        :param outer: what somebody else has replaced it with before.
         """
         try:
             if outer is not None:
@@ -182,13 +182,13 @@ class DelegatingProtocol:  # type: ignore[misc]  # connectionMade is for makeCon
 
     def serve(self) -> None:
         """
-        Put the real protocol in the place of the one that waits.
+        Replace the protocol that waits with the real one.
         """
         self.wrappedProtocol.serve()
 
     def refuse(self, reason: str) -> None:
         """
-        Put the protocol that refuses in the place of the one that waits.
+        Replace the protocol that waits with the one that refuses.
         """
         self.wrappedProtocol.refuse(reason)
 

@@ -297,7 +297,7 @@ class Departures:
 
     def _tell(self, descriptor: int, watched: Watched, for_good: bool) -> None:
         """
-        Tell of the end of one. Never raises.
+        Report the end of one. Never raises.
         """
         try:
             if for_good or watched.departs_with(sockets.unread(descriptor)):

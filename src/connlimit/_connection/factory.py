@@ -135,7 +135,7 @@ class LimitingFactory:
     def buildProtocol(self, address: IAddress) -> DelegatingProtocol | None:
         """
         The protocol of a new connection: the real one if there is room, one that waits if there is
-        a place in the queue, or None.
+        a position in the queue, or None.
         """
         connection = DelegatingProtocol()
         connection.factory = self
@@ -161,7 +161,7 @@ class LimitingFactory:
     def first_protocol(self, connection: DelegatingProtocol) -> IProtocol | None:
         """
         What a new connection begins with: the real protocol if there is room, one that waits if there is
-        a place in the queue, one that refuses, or None to close it.
+        a position in the queue, one that refuses, or None to close it.
         """
         admission = self.admission
         address = connection.address

@@ -1,5 +1,5 @@
 """
-Who holds a connection's place until its real protocol gets it.
+What stands for the real protocol of a connection until its turn comes.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class _Addressless(DelegatingProtocol):
 @implementer(IProtocol, IPlaceholder)
 class WaitingProtocol:  # type: ignore[misc]  # connectionMade is for makeConnection to call
     """
-    Holds a connection's place while it waits: nothing is read, and nothing that still comes is lost.
+    Stands for the real protocol while a connection waits: nothing is read, and nothing is lost.
 
     There can be tens of thousands, so it is as small as an object can be.
 
@@ -124,7 +124,7 @@ class WaitingProtocol:  # type: ignore[misc]  # connectionMade is for makeConnec
 
     def serve(self) -> None:
         """
-        Its turn has come: let the real protocol have its place.
+        Its turn has come: let the real protocol replace this one.
 
         The transport is reading again before the real protocol sees it: one that pauses it in
         ``connectionMade`` must stay paused. What arrived during the wait follows ``connectionMade``.
@@ -156,7 +156,7 @@ class WaitingProtocol:  # type: ignore[misc]  # connectionMade is for makeConnec
 
     def refuse(self, reason: str) -> None:
         """
-        It will not be served: let the protocol that refuses have its place.
+        It will not be served: let the protocol that refuses replace this one.
         """
         self.stop_watching()
         connection, factory = self.connection, self.connection.factory
@@ -173,7 +173,7 @@ class WaitingProtocol:  # type: ignore[misc]  # connectionMade is for makeConnec
 
     def _put_in_place(self, protocol: IProtocol | None) -> bool:
         """
-        Let a protocol have its place, and reading resume; close if there is none.
+        Let a protocol replace this one, and reading resume; close if there is none.
 
         :return: whether there is one, and the connection is still there.
         """
@@ -191,7 +191,7 @@ class WaitingProtocol:  # type: ignore[misc]  # connectionMade is for makeConnec
 @implementer(IProtocol)
 class ArrivingProtocol:  # type: ignore[misc]  # connectionMade is for makeConnection to call
     """
-    Holds the place of a connection on a UNIX socket until there is a transport, as that alone shows the peer.
+    Stands for the protocol on a UNIX socket until there is a transport, as that alone shows the peer.
 
     The limiter is asked then, and decides as it would have before.
     """

@@ -53,7 +53,7 @@ class Acts(Protocol):
 
 class Deadlines:
     """
-    One timer serves the whole queue: it is set for whoever is due first, and is not moved when that one
+    One timer serves the whole queue: it is set for the one that is due first, and is not moved when that one
     leaves earlier; it then finds out and is set for the next. Another one, for the audit, runs while somebody
     waits or there is a drain. Otherwise there is no timer.
     """
@@ -143,7 +143,7 @@ class Deadlines:
         """
         Set the timers, as far as they are needed and not set for an earlier time.
 
-        :param at_least: seconds before whoever waits is looked at again, whatever the order says.
+        :param at_least: seconds before the queue is looked at again, whatever the order says.
         """
         if self._audit_timer is None and (self._queue or self._drains):
             now = self._clock.seconds()

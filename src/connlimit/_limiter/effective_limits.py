@@ -224,7 +224,7 @@ class EffectiveLimits:
 
     def rate_within(self, seconds: float) -> int | None:
         """
-        How many may begin to be served within so many seconds, as far as the rate goes; None for any number.
+        How many may begin to be served within these seconds, as far as the rate goes; None for any number.
         """
         return None if self._rate is None else math.ceil(self._rate.within(seconds))
 

@@ -35,7 +35,7 @@ class UNIXPeer(UNIXAddress):
         self.uid = uid
 
     def __eq__(self, other: object) -> bool:
-        # To whoever knows of no users it is the address that it would be without us.
+        # To code that knows of no users it is the address that it would be without us.
         if isinstance(other, UNIXPeer) and self.uid != other.uid:
             return False
         return bool(UNIXAddress(self.name) == other)

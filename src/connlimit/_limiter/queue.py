@@ -101,10 +101,10 @@ class Fair(Fifo):
 
 class Adaptive(Fifo):
     """
-    First come, first served, until the queue is overloaded: then the newest first, and whoever has waited
+    First come, first served, until the queue is overloaded: then the newest first, and those who have waited
     too long is refused.
 
-    The test is that of CoDel (RFC 8289), on the wait of whoever has waited longest: more than *target*
+    The test is that of CoDel (RFC 8289), on the wait of the one that has waited longest: more than *target*
     seconds, without a break for *interval* seconds. The overload is over when the queue has been empty.
     """
 
@@ -269,7 +269,7 @@ class Ranked(dict[T, list[Any]]):
 
     def firsts(self, count: int) -> Iterator[T]:
         """
-        So many of those that come first, in their order. Does not look at the others.
+        Up to *count* of those that come first, in their order. Does not look at the others.
         """
         heap = self._heap
         # Whatever comes next in a heap is below something that has come.
@@ -362,7 +362,7 @@ class Queue:
 
     def first(self, count: int) -> list[IOccupant]:
         """
-        So many of those who have waited longest, in the order of their arrivals. Does not look at the others.
+        Up to *count* of those who have waited longest, in the order of arrival. Does not look at others.
         """
         inside, outside = islice(self.order, count), self._outside.firsts(count)
         return list(islice(merge(inside, outside, key=self.arrival), count))

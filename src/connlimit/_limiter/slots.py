@@ -158,7 +158,7 @@ class Slots:
 
     def take_lost(self) -> Iterator[IOccupant]:
         """
-        Something that stands for each that is lost, until there is none; whoever asks sees to its end.
+        Something that stands for each that is lost, until there is none; the caller sees to its end.
         """
         while self.lost:
             slot = self.lost.pop()

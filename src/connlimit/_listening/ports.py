@@ -24,7 +24,7 @@ from connlimit._system import sockets
 from connlimit.interfaces import ILimiter, IOccupant, IPort
 from connlimit.observers import LimiterObserver
 
-#: What a port can do when there is no place for one more.
+#: What a port can do when nobody more can be served or wait.
 WHEN_FULL = one_of("refuse", "stop-accepting")
 
 _LOOK_INTERVAL = 1.0  # seconds
@@ -141,7 +141,7 @@ class _Shutdown:
 
 class _StoppingPort(_Port, LimiterObserver):
     """
-    A port that stops accepting when there is no place for one more, and goes on by itself.
+    A port that stops accepting when nobody more can be served or wait, and goes on by itself.
     """
 
     def __init__(self, limiter: Limiter, port: Any) -> None:
@@ -203,7 +203,7 @@ class _StoppingPort(_Port, LimiterObserver):
 
     def _look_soon(self, seconds: float) -> None:
         """
-        Look again by and by: a descriptor may become free that is none of the limiter's.
+        Look again from time to time: a descriptor that is none of the limiter's may become free.
         """
         self._cancel_look()
         self._timer = self._limiter.clock.callLater(seconds, self._look)

@@ -5,8 +5,8 @@ In Twisted's own ``haproxy:`` endpoint the factory is asked for a protocol befor
 balancer's address; a limiter would take all clients for one peer.
 
 Until then a connection is known here alone. It has ten seconds from its beginning, however much of the header
-comes in the meantime, and all of them have a share of the descriptors. Over that share, whoever has waited
-longest for the rest of its header makes room: a balancer sends headers at once, so that is somebody else.
+comes in the meantime, and all of them have a share of the descriptors. Beyond that share, the one that has
+waited longest for the rest of its header is closed: a balancer sends headers at once, so that is another.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ class _AwaitHeader(Protocol):
         self._has_come = False
 
     def connectionMade(self) -> None:
-        # A header that is followed by nothing is not told of, so each delivery is followed by an empty one,
+        # Nothing tells when a header is followed by nothing, so each delivery is followed by an empty one,
         # which reaches us when there is no header to wait for any more.
         self._read_header = self.transport.dataReceived
         self.transport.dataReceived = self._deliver
@@ -174,10 +174,10 @@ class _AwaitHeader(Protocol):
 
     def make_room(self) -> None:
         """
-        End, since the header has not come and others need the place.
+        End, since the header has not come and others need the descriptor.
         """
         self._log.info(
-            "{peer} is closed: its PROXY header has not come, and others need its place",
+            "{peer} is closed: its PROXY header has not come, and others need its descriptor",
             peer=self.transport.getPeer(),
         )
         self._close()
@@ -216,7 +216,7 @@ class _Awaited:
 
     def add(self, connection: _AwaitHeader, balancer: Any) -> bool:
         """
-        Let a new connection wait for its header, if need be in the place of another.
+        Let a new connection wait for its header; if need be, another is closed for it.
 
         :return: whether it may.
         """

@@ -87,7 +87,7 @@ def limit_service(
     service: Any, limiter: Limiter, when_full: str = "refuse", skip: Iterable[str] = ()
 ) -> list[IService]:
     """
-    Put a limiter before every factory that listens in a tree of services, whoever made them.
+    Put a limiter before every factory that listens in a tree of services, by whatever it was made.
 
     :param service: a service that was not started yet, or an application.
     :param limiter: the limiter; all of them share it.
@@ -164,7 +164,7 @@ def _without(services: list[Any], description: str, name: str) -> list[Any]:
         each for each, place in zip(services, places, strict=True) if skipped is None or place not in skipped
     ]
     if len(left) == len(services):
-        where = ", ".join(str(place) for place in places if place is not None) or "nowhere that can be told"
+        where = ", ".join(str(place) for place in places if place is not None) or "nowhere that is known"
         raise ValueError(f"{name} must say where something listens ({where}), not {description!r}")
     return left
 

@@ -1,5 +1,5 @@
 """
-Whoever asks a Redis over the link that a process has to it.
+What asks a Redis over the link that a process has to it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from connlimit._redis.client import Script
 
 class IAsker(Interface):
     """
-    Whoever asks a Redis. None of its methods may raise; if one does, that is logged.
+    What asks a Redis. None of its methods may raise; if one does, that is logged.
     """
 
     member: str = Attribute("Its name, which begins with that of the link's process.")

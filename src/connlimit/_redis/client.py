@@ -154,7 +154,7 @@ class Hearing(Careful, txredisapi.SubscriberProtocol):
 
     def messageReceived(self, pattern: object, channel: object, message: object) -> None:
         """
-        Hear of a notification.
+        A notification has come.
         """
         self._received = 0
         self.heard(str(message))
@@ -200,7 +200,7 @@ async def greet(connection: Any, username: str | None, password: str | None, dat
 
 class Redis:
     """
-    A Redis that is asked, and heard, over connections that are made anew after each failure.
+    A Redis that is asked, and heard, over connections that are made again after each failure.
     """
 
     def __init__(
@@ -229,7 +229,7 @@ class Redis:
         What a script returns. Questions are answered in the order in which they are asked.
 
         A failure, such as an answer that is an error, or cancellation ends both connections; the next
-        question begins anew.
+        question begins again.
         """
         if self._asking is not None and self._asking.connected and not self._lock.locked:
             answer: Deferred[Any] = self._asking.run(script, arguments)
@@ -270,7 +270,7 @@ class Redis:
         self._heard("")
 
     def _subscribed(self, result: object) -> None:
-        # A failure is no more than a delay: whoever lacks something asks again and again.
+        # A failure is only a delay: those who lack something ask again and again.
         self._subscribing = None
         if isinstance(result, Failure) and self._hearing is not None:
             self._hearing.transport.abortConnection()

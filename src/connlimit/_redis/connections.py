@@ -44,7 +44,7 @@ class Ear(Careful, txredisapi.RedisProtocol):
 
     def replyReceived(self, reply: Any) -> None:
         """
-        Hear of a notification, or of an answer.
+        A notification or an answer has come.
         """
         if not isinstance(reply, list) or len(reply) < 2:
             if isinstance(reply, Exception) and not self.replyQueue.waiting:

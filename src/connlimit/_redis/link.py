@@ -472,7 +472,7 @@ class Link:
         self._ear_failures = 0
         self._is_deaf = False
         if channel != self.turns and channel not in self._hearers:
-            return  # whoever wanted to hear it has left
+            return  # those who wanted to hear it have left
         self._subscribed.add(channel)
         # Something may have been said while nobody listened.
         self._hear_of(self._hearers.get(channel, ()), "")

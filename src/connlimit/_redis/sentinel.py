@@ -28,7 +28,7 @@ from zope.interface import implementer
 from connlimit._redis.client import connect, describe
 from connlimit._system.clock import clock_of
 
-#: Seconds in which a sentinel must answer, lest the others be asked too late.
+#: Seconds in which a sentinel must answer, so that the others are not asked too late.
 _PATIENCE = 0.4
 
 
@@ -36,9 +36,9 @@ _PATIENCE = 0.4
 @attrs.define
 class SentinelEndpoint:
     """
-    Connects to whatever Redis the sentinels say is the primary, and asks them anew for each connection.
+    Connects to whatever Redis the sentinels say is the primary, and asks them again for each connection.
 
-    Each connection begins with another sentinel, so that one that is away, or has not yet heard of a
+    Each connection begins with another sentinel, so that one that is away, or does not know yet of a
     failover, is a delay and no more.
     """
 

@@ -105,7 +105,7 @@ class _Alarm(Protocol):
 
     def set(self, seconds: float) -> None:
         """
-        Ring once, in so many seconds; what was set before is void.
+        Ring once, in this number of seconds; what was set before is void.
         """
 
     def heard(self) -> None:

@@ -81,7 +81,7 @@ class Sweep:
 
     def deadlines(self, seconds: float, call: Callable[[T], object]) -> Deadlines[T]:
         """
-        Those for which this is called after so many seconds.
+        Those for which this is called after this number of seconds.
         """
         deadlines = self._all.get((seconds, call))
         if deadlines is None:
@@ -90,7 +90,7 @@ class Sweep:
 
     def come(self, seconds: float) -> None:
         """
-        Be there in so many seconds, which is sooner than planned.
+        Be there in this number of seconds, which is sooner than planned.
         """
         self._cancel()
         self.comes = self.clock.seconds() + seconds

@@ -17,7 +17,7 @@ def contents(path: Path) -> bytes:
     """
     All that is in a regular file.
 
-    A FIFO, a device or another program's end of a pipe could keep whoever reads it waiting for ever.
+    A FIFO, a device or another program's end of a pipe could keep its reader waiting for ever.
 
     :raises OSError: if it cannot be read, is no regular file, or is too large; ``strerror`` says which.
     """

@@ -149,7 +149,7 @@ def progress(transport: Any) -> tuple[object, ...]:
 
 def is_at_rest(transport: Any, quiet: float) -> bool:
     """
-    Whether no byte has moved for so many seconds, all have arrived, and the peer does not wait for an answer,
+    Whether no byte has moved for these seconds, all have arrived, and the peer does not wait for an answer,
     since it was told something later than it said anything. False if the kernel does not tell.
     """
     sock = socket_of(transport)

@@ -115,7 +115,7 @@ class Config:
     :ivar services: the services by their names.
     :ivar status: the status page, or None.
     :ivar drain_timeout: seconds that connections may take to end when the program is stopped.
-    :ivar log_connections: whether each connection is told of in the log, from the next start on.
+    :ivar log_connections: whether every connection is logged, from the next start on.
     :ivar processes: how many processes serve, from the next start on.
     :ivar worker_timeout: seconds after which one of them that does not answer is killed.
     """

@@ -70,7 +70,7 @@ class Program(MultiService):
         """
         self.limiters[limiter.name] = limiter
         if not self.role.serves:
-            # Whoever serves logs; here there is nothing to tell but the same changes once more.
+            # Those who serve log; here there would only be the same changes once more.
             for observer in limiter.observers:
                 if isinstance(observer, LimiterLog):
                     limiter.remove_observer(observer)
@@ -214,5 +214,5 @@ def _budget(limiter: Limiter) -> str:
         facts.insert(0, f"{allowed} descriptors, {kept_free} of them kept free of those who wait")
         room = max(0, allowed - kept_free - (served or 0) * (1 + limiter.admission.budget.opens))
         waiting = room if waiting is None else min(room, waiting)
-    facts.append(f"room for {'any number' if waiting is None else waiting} in the line")
+    facts.append(f"room for {'any number' if waiting is None else waiting} in the queue")
     return f"{limiter.name}: " + ", ".join(facts)

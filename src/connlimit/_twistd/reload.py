@@ -138,7 +138,7 @@ class ConfiguredProgram(Program):
         :return: fires when that is done; at once if it is being read already, and will be once more.
         """
         if self._is_stopping:
-            self._log.info("{path} is not read again: the program is stopping", path=str(self._path))
+            self._log.info("{path} is not reloaded: the program is stopping", path=str(self._path))
             return succeed(None)
         if self._is_reloading:
             self._again = True
@@ -175,7 +175,7 @@ class ConfiguredProgram(Program):
                 await self._change(text)
                 is_done = True
                 if self._path is not None:
-                    self._log.info("{path} was read again", path=str(self._path))
+                    self._log.info("reloaded {path}", path=str(self._path))
             except ConfigError as error:
                 self._refuse(error)
             except Exception as error:
@@ -248,7 +248,7 @@ class ConfiguredProgram(Program):
         self._departing = [each for each in known if each not in limiters.values()]
         for name, limiter in self.limiters.items():
             if limiter in self._departing:
-                self._log.info("limiter {name} is gone", name=name)
+                self._log.info("limiter {name} removed", name=name)
         self.limiters = {}
         for name, limiter in limiters.items():
             if limiter in known:
@@ -259,7 +259,7 @@ class ConfiguredProgram(Program):
                 self.limiters[name] = limiter
             else:
                 self.add_limiter(limiter)
-                self._log.info("limiter {name} is new", name=name)
+                self._log.info("limiter {name} added", name=name)
 
     async def _forget(self, limiter: Limiter) -> None:
         del self._shared[limiter]

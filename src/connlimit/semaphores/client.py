@@ -44,7 +44,7 @@ class Semaphores:
         """
         :param url: that of the server, such as ``http://localhost:8000``; ``user:password@`` before the host
             is sent as Basic authentication, and not logged.
-        :param expires_in: seconds after which the server forgets a peer that it does not hear of.
+        :param expires_in: seconds after which the server forgets a peer that it does not hear from.
         :param headers: what else is sent with each request, such as a token for a proxy before the server.
         :raises ValueError: for a wrong value.
         """

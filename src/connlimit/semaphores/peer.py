@@ -1,8 +1,8 @@
 """
 Who holds locks, and keeps them: what a peer tells its server, and when.
 
-A lock belongs to a peer, which the server forgets, with its locks, unless it hears of it in time. So as long
-as a peer holds nothing and only asks, that time is short, and what was asked for dies soon after the
+A lock belongs to a peer, which the server forgets, with its locks, unless it hears from it in time. So as
+long as a peer holds nothing and only asks, that time is short, and what was asked for dies soon after the
 process; once it holds something it sends heartbeats. It keeps the time itself as well, from the sending of
 each request on: what the server may have given to others is lost, whatever it answers later. If the server
 has forgotten a peer all the same, it is told again what that holds.
@@ -116,7 +116,7 @@ class Peer:
 
     async def _be_known(self) -> None:
         """
-        Have the server know this peer. It is made once, whoever asks, and goes on being made if one gives up.
+        Have the server know this peer. It is made once, and goes on being made if one who asked gives up.
         """
         if self._id is not None:
             return
@@ -145,7 +145,7 @@ class Peer:
 
     def _will_be_known(self, until: float) -> None:
         """
-        The server has heard of this peer.
+        The server has heard from this peer.
         """
         self._known_until = until
         left = until - since_boot()
@@ -162,7 +162,7 @@ class Peer:
 
     def _expire(self) -> None:
         """
-        The server has not been heard of for so long that what is held may be somebody else's.
+        The server has not been heard from for so long that what is held may be somebody else's.
         """
         self._expiry_timer = None
         if self.has_expired:
@@ -298,8 +298,8 @@ class Lock:
     @property
     def lost(self) -> bool:
         """
-        Whether it was held and others may have got it since: the server has not heard of this process for as
-        long as ``expires_in``, or has forgotten the lock. A warning in the log says so, too.
+        Whether it was held and others may have got it since: the server has not heard from this process for
+        as long as ``expires_in``, or has forgotten the lock. A warning in the log says so, too.
         """
         return self._is_lost or (self._peer._held.get(self.name) is self and self._peer.has_expired)
 

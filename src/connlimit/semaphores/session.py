@@ -32,7 +32,7 @@ class Session:
     Asks one server for all peers of a client.
 
     :ivar request: asks it once; see `Requests.ask`.
-    :ivar expires_in: seconds after which the server forgets a peer that it does not hear of.
+    :ivar expires_in: seconds after which the server forgets a peer that it does not hear from.
     """
 
     def __init__(self, url: str, expires_in: float, headers: Mapping[str, str], reactor: Any) -> None:
@@ -102,7 +102,7 @@ class Session:
 
     async def retry(self, seconds: float) -> None:
         """
-        Wait before the server is tried again: at most so many seconds, and not all clients the same.
+        Wait before the server is tried again: at most this number of seconds, and not all clients the same.
         """
         await deferLater(self._reactor, random.uniform(0.5, 1) * seconds, lambda: None)
 
@@ -122,7 +122,7 @@ class Session:
 
     def later(self, seconds: float, call: Any) -> IDelayedCall:
         """
-        Have something called in so many seconds.
+        Have something called in this number of seconds.
         """
         timer: IDelayedCall = self._reactor.callLater(max(0.0, seconds), call)
         return timer

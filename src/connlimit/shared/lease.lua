@@ -7,16 +7,16 @@
 --   in_use, kept (slots held in any case), wanted (slots in all), more (whether another one waits already)
 --   run (which Redis gave the last answer), age (ms since the question was sent that it answered; -1: none
 --   was), same (whether this one comes over the same connection)
---   hears (whether its process hears of its turn), own (how many of those who hear the channel are the member)
+--   hears (whether its process is told of its turn), own (how many of those who hear the channel are the member)
 --   outlived (connections that have outlived a lease of late), leaves (whether the member ends)
 --   channel (of the limit), turns (the prefix of the channels of processes)
 -- Returns a line: slots held, how many others ask, ms until new slots are given again, ms until the member is to
---   ask again if it lacks slots and nothing happens, whether it has a place among those who ask, how many more
+--   ask again if it lacks slots and nothing happens, whether it is among those who ask, how many more
 --   are held than there are, and which Redis this is. Or "late", if the question is.
 local question = cjson.decode(ARGV[1])
 local me, ttl = question.member, question.ttl
 
--- A limit that nobody asks for is forgotten after this time; whoever uses it asks once a minute at least.
+-- A limit that nobody asks for is forgotten after this time; each process that uses it asks once a minute at least.
 local lifetime = math.max(300000, ttl * 10)
 -- What a question may be delayed before the clock is suspected. A lease is used for nine tenths of the ttl.
 local slack = math.floor(ttl / 20)
@@ -101,7 +101,7 @@ if type(info) == 'string' then
   uptime = tonumber(string.match(info, 'uptime_in_seconds:(%-?%d+)')) * 1000
 end
 local answered = question.age >= 0
--- Somebody who goes to another Redis is heard of there within this time.
+-- Somebody who goes to another Redis is heard there within this time.
 local doubt, settling = 0, math.min(1000, math.floor(ttl / 3))
 if not about then
   about = {run = run, was = '', changed = now, guard = now, turns = 0, outlived = 0}
@@ -168,7 +168,7 @@ if turn > 0 and hears then
   else
     pause = math.min(longest, 2 * watch * (asking + 1))
   end
-  -- Who has nothing needs not be heard of in order to keep its turn.
+  -- A member that has nothing keeps its turn without being heard from.
   if held == 0 then kept = math.max(ttl, 2 * pause) end
 end
 mine = {

@@ -1,9 +1,9 @@
 """
-A limit that many processes and machines share, by way of Redis (``connlimit[redis]``).
+A limit that many processes and machines share through Redis (``connlimit[redis]``).
 
 Each process leases slots of the limit and gives them to its connections itself, so that a busy process does
 not ask Redis for each. A lease is one number for each process. It ends on its own when the process is not
-heard of for ``ttl`` seconds, and its slots are everybody's again. The process knows by its own clock, which
+heard from for ``ttl`` seconds, and its slots are everybody's again. The process knows by its own clock, which
 goes on while it is stopped or its machine suspended, when the lease must have ended, a little before, and
 then serves nobody until it has a new one.
 
@@ -19,7 +19,7 @@ What holds:
   ``ttl``. They are not ended, and count again as soon as the process is back; until then they do not, and
   more than the limit can be served. ``outlived`` counts them.
 - Processes that lack slots are served in the order in which they asked, a slot each time; a process has one
-  place, however many wait for it there, and the order within it is that of its own line.
+  position, however many wait for it there, and the order within it is that of its own queue.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ LEASE, SLOTS = "lease", "slots"
 #: What is published when a limit was changed.
 _CHANGED = "room"
 
-#: After how long the slots of a process that is not heard of are everybody's again.
+#: After how long the slots of a process that is not heard from are everybody's again.
 _TTL = duration(0.5, 3600)
 
 _ANSWER = re.compile(r"(\d{1,18}) (\d{1,18}) (\d{1,18}) (\d{1,18}) ([01]) (\d{1,18}) (.*)")
@@ -88,7 +88,7 @@ _numbers = itertools.count(1)
 @implementer(IRefusingLimit, IAsker)
 class RedisLimit:
     """
-    So many slots for all processes that use a name.
+    A number of slots for all processes that use a name.
 
     :ivar name: the name.
     :ivar in_use: how many slots the connections of this process have.
@@ -112,8 +112,8 @@ class RedisLimit:
         :param name: what the processes have in common.
         :param slots: how many slots there are, unless `set_slots` has said otherwise.
         :param url: see `RedisAddress.from_url`.
-        :param ttl: seconds after which the slots of a process that is not heard of are everybody's again, the
-            same in all processes; if not given, what ``?ttl=`` of the URL says, or 10.
+        :param ttl: seconds after which the slots of a process that is not heard from are everybody's again,
+            the same in all processes; if not given, what ``?ttl=`` of the URL says, or 10.
         :param when_unreachable: what happens when Redis has been away for a second, and what was leased is
             used up or the lease over, until Redis is back. ``hold``: all wait; ``refuse``: who waits or comes
             is refused; ``local=N``: N slots can be used in this process. If not given, what
@@ -162,7 +162,7 @@ class RedisLimit:
         self._tried = 0.0
         self._told = 0.0
         # How many slots to take beyond those that are needed, and how many were needed at once of late. Both
-        # shrink by and by, after this time.
+        # shrink step by step, after this time.
         self._spare = 0
         self._peak = 0
         self._shrinks = 0.0
@@ -178,7 +178,7 @@ class RedisLimit:
         self._asking = False
         self._ask_again = False
         self._is_slow = False
-        # Whether this process has a place among those who ask.
+        # Whether this process is among those who ask.
         self._queued = False
         self._timer: IDelayedCall | None = None
         self._rejections = 0
@@ -254,7 +254,7 @@ class RedisLimit:
 
     def _ask_soon(self, seconds: float) -> None:
         """
-        Ask Redis by and by, if it is not to be asked earlier.
+        Schedule a request to Redis unless one is due sooner.
         """
         if self._closed:
             return
@@ -379,7 +379,7 @@ class RedisLimit:
         if self.in_use < self._room():
             self._tell()
             if self.in_use < self._room():
-                self._short = False  # whoever lacked one has one, or went away
+                self._short = False  # those who lacked one have one, or went away
             self._more = self._short
         elif self._short and self._subscribers:
             if self._tried < self._told:

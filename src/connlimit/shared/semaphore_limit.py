@@ -22,7 +22,7 @@ from connlimit.semaphores import Lock, SemaphoreError, Semaphores
 #: How many locks are asked for at the same time, at most.
 _MOST_ASKED = 16
 
-#: A lock that is held for so many seconds is given back, though somebody here waits: others get their turn.
+#: A lock that is held for these seconds is given back, though somebody here waits: others get their turn.
 _TURN = 1.0
 
 #: Seconds until a server is asked again that has refused to give a lock at all.
@@ -45,18 +45,18 @@ class ThrottleLimit:
     A slot for each count of a semaphore.
 
     A connection whose slot is still to be asked for waits in the limiter's line. When a connection ends, its
-    slot goes to the next in line here, or back to the server when nobody waits, or when it was here long
-    enough. The server gives slots to whoever asked first.
+    slot goes to the next in the queue here, or back to the server when nobody waits, or when it was here long
+    enough. The server gives slots in the order of requests.
 
-    A slot is lost when the server has not heard of this process for ``expires_in``: nobody new is served on
-    it. The connection that it served is left alone, and the server is told of it as soon as that is possible.
+    A slot is lost when the server has not heard from this process for ``expires_in``: nobody new is served on
+    it. The connection that it served is left alone, and the server learns of it as soon as that is possible.
     """
 
     def __init__(self, semaphore: str, url: str, *, expires_in: float = 60.0, reactor: Any = None) -> None:
         """
         :param semaphore: the semaphore's name.
         :param url: that of the server of semaphores, such as ``http://localhost:8000``.
-        :param expires_in: seconds after which the slots of a process that is not heard of are free again.
+        :param expires_in: seconds after which the slots of a process that is not heard from are free again.
         :raises ValueError: for a wrong value.
         """
         if not isinstance(semaphore, str) or not semaphore:  # type: ignore[redundant-expr]

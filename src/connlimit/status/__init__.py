@@ -21,7 +21,7 @@ def status_service(
     """
     A service that shows limiters.
 
-    :param endpoint: where; whoever can connect can see it, so it should be on loopback.
+    :param endpoint: where; everybody who can connect can see it, so it should be on loopback.
     :param limited: whose ``limiters`` are shown; they may change.
     :param show_peers: whether others than loopback see the addresses of clients.
     :param hosts: names, besides IP addresses and localhost, by which browsers may ask for it.

@@ -17,11 +17,11 @@ from zope.interface import implementer
 from connlimit._limiter.peers import peer_key
 from connlimit.status.guarded_site import MOST, is_near
 
-#: So many may follow the page from loopback, and as many from elsewhere; and so many of one peer elsewhere.
+#: How many may follow the page from loopback, and as many from elsewhere; and how many of one peer elsewhere.
 MOST_FOLLOWERS = MOST // 2
 MOST_FOLLOWERS_OF_A_PEER = 4
 
-#: A follower that has not read for so many events is given up.
+#: A follower that has not read this number of events is given up.
 _MOST_PAUSED = 10
 
 

@@ -27,7 +27,7 @@ REQUEST_TIMEOUT = 15
 #: Seconds within which a client must have read its answer.
 READ_TIMEOUT = 60
 
-#: Seconds that a connection may take to close when another one takes its place.
+#: Seconds that a connection may take to close when another one replaces it.
 _LAST_WORDS = 1
 
 #: How many connections there are at most: from loopback, and from elsewhere; and from one peer elsewhere. All
@@ -38,10 +38,10 @@ MOST_PER_PEER = 16
 
 class GuardedSite(Site):
     """
-    A site that answers one request in each turn of the reactor, whoever asks, and takes no bodies.
+    A site that answers one request in each turn of the reactor, and takes no bodies.
 
     On a connection, the next request is looked at when the answer to the last one is on its way. If there are
-    too many connections, a new one takes the place of the one that has been idle longest; loopback has places
+    too many connections, a new one replaces the one that has been idle longest; loopback has room
     of its own.
     """
 
@@ -112,7 +112,7 @@ class GuardedSite(Site):
 
     def find_place(self, channel: _Channel) -> tuple[_Pool, ...]:
         """
-        A place for a new connection, if need be that of the one that has been idle longest.
+        Room for a new connection, if need be that of the one that has been idle longest.
 
         :return: the pools it is in; none if all others are being answered.
         """
@@ -128,7 +128,7 @@ class GuardedSite(Site):
             its = self._peers.get(peer)
             if (its is not None and not its.make_room(MOST_PER_PEER)) or not self._far.make_room(most):
                 return ()
-            # Whoever has made room may have been the last of this peer.
+            # The one that made room may have been the last of this peer.
             its = self._peers.setdefault(peer, _Pool(partial(self._peers.pop, peer)))
             pools = [self._far, its]
         for pool in pools:
@@ -138,7 +138,7 @@ class GuardedSite(Site):
 
 class _Pool:
     """
-    Connections that share a number of places.
+    Connections that share a maximum number.
 
     :ivar all: all of them.
     :ivar idle: those that are not being answered, longest idle first.

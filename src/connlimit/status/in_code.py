@@ -65,7 +65,7 @@ def serve(
     """
     Show all limiters of this process that something stands behind.
 
-    :param where: an endpoint string. If it gives no interface, that is 127.0.0.1: whoever can connect can see
+    :param where: an endpoint string. If it gives no interface, that is 127.0.0.1: all who can connect can see
         the page.
     :param show_peers: whether others than loopback see the addresses of clients.
     :param hosts: names, besides IP addresses and localhost, by which browsers may ask for it.
@@ -89,7 +89,7 @@ def _listen(service: StatusService) -> Deferred[IListeningPort]:
 
 class _SharedPage:
     """
-    The page of all endpoint strings that name the same place.
+    The page of all endpoint strings that name the same endpoint.
     """
 
     _log = Logger(namespace="connlimit.status")

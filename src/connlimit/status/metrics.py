@@ -104,7 +104,7 @@ class LimiterCollector(Collector):
         )
         yield GaugeMetricFamily(
             "connlimit_refusals",
-            "Connections that are being told of their refusal.",
+            "Connections that are being told that they are refused.",
             value=descriptors.REFUSALS.taken,
         )
         if self._reactor_lag is not None:
@@ -117,7 +117,7 @@ class LimiterCollector(Collector):
 
 def _family(metric: str, names: list[str], snapshots: list[tuple[str, dict[str, Any]]]) -> Metric:
     """
-    A metric, and what it tells of each limiter: a figure, or several by their names.
+    A metric, and what it shows of each limiter: a figure, or several by their names.
     """
     figures = [FIGURES[name] for name in names]
     labels = ["limiter"] + [figure.label for figure in figures if figure.label]

@@ -90,7 +90,7 @@ def limiter(facts: dict[str, Any]) -> Part:
         peers = [(p["peer"], p["active"], p["waiting"]) for p in facts["peers"]]
         line = [(w["address"], _seconds(w["age"])) for w in facts["line"]]
         tables.append(_table("Busiest peers", peers, ("peer", "served", "waiting")))
-        tables.append(_table("First in line", line, ("address", "waits for")))
+        tables.append(_table("First in the queue", line, ("address", "waits for")))
     bars = [
         _bar(name, figure.title, facts[name], facts[figure.setting])
         for name, figure in FIGURES.items()
@@ -135,7 +135,7 @@ def _section(
 
 def _rows(name: str, facts: dict[str, Any]) -> list[tuple[str, str]]:
     """
-    What there is to tell of a figure: a number, or those that are not 0 of what it is counted by.
+    What is shown of a figure: a number, or those that are not 0 of what it is counted by.
     """
     figure, value = FIGURES[name], facts[name]
     if figure.label:

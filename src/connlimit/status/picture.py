@@ -37,7 +37,7 @@ class Picture:
         """
         :param limiters: the facts of each limiter, but for those of its peers.
         :param process: the facts of the process.
-        :param semaphores: called with whether to tell holders, to tell of semaphores; None if there are none.
+        :param semaphores: called with whether to show holders, for semaphores' facts; None if there are none.
         """
         self._limiters = limiters
         self._process = process

@@ -86,7 +86,7 @@ class Root(Resource):
 
     def may_see_peers(self, request: Request) -> bool:
         """
-        Whether the addresses of clients may be shown to whoever asks.
+        Whether the addresses of clients may be shown to this client.
         """
         return self._show_peers or is_near(request.getClientAddress())
 

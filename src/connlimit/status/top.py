@@ -105,7 +105,7 @@ def lines(state: dict[str, Any]) -> list[str]:
     """
     shown = []
     for limiter in state["limiters"]:
-        # A server of another version may tell of others.
+        # A server of another version may have others.
         figures = {name: figure for name, figure in FIGURES.items() if name in limiter}
         flags = [figure.title for name, figure in figures.items() if figure.kind == FLAG and limiter[name]]
         shown.append(_printable(limiter["name"]) + "".join(f" ({flag})" for flag in flags))

@@ -24,7 +24,7 @@ BUCKETS = (0.0, 0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300
 #: Of how many of the last served connections the percentiles are.
 _LAST = 1000
 
-#: How many of the line and of the busiest peers are shown.
+#: How many of the queue and of the busiest peers are shown.
 SHOWN = 50
 PEERS = 10
 

@@ -210,7 +210,7 @@ def test_a_dead_workers_slots_are_free_and_another_takes_its_place(folder: Path)
         victim = busy[0]
         number = next(number for number, pid in before.items() if pid == victim)
         os.kill(victim, signal.SIGKILL)
-        program.wait_for(rf"worker {number} died of SIGKILL; it is started again in 0.1 s")
+        program.wait_for(rf"worker {number} died of SIGKILL; it is restarted in 0.1 s")
         # The slots of the dead are free while those of the living are not.
         clients = [stack.enter_context(connected(program.port())) for _ in range(busy.count(victim))]
         assert victim not in {asked(client) for client in clients}
@@ -246,7 +246,7 @@ def test_a_worker_that_is_asked_to_end_lets_its_connections_finish(folder: Path)
         program.wait_for("1 connections may finish")
         assert asked(client) == pid
         client.close()
-        program.wait_for("ended with exit code 0; it is started again")
+        program.wait_for("ended with exit code 0; it is restarted")
 
 
 def test_a_worker_that_dies_again_and_again_is_started_ever_more_slowly(tmp_path: Path) -> None:
@@ -256,7 +256,7 @@ def test_a_worker_that_dies_again_and_again_is_started_ever_more_slowly(tmp_path
     arguments = ["--processes=2", *LIMIT, "--listen", LOCAL, "--factory", "dying:factory"]
     with running("connlimit", *arguments, cwd=tmp_path) as program:
         for delay in ("0.1", "0.2", "0.4"):
-            program.wait_for(rf"worker 1 ended with exit code 7; it is started again in {delay} s")
+            program.wait_for(rf"worker 1 ended with exit code 7; it is restarted in {delay} s")
         assert program.terminate() == 0
 
 
@@ -392,7 +392,7 @@ def test_workers_find_what_their_parent_has_found_wherever_it_goes(folder: Path)
         write(file, port, slots=2)
         program.process.send_signal(signal.SIGHUP)
         reloaded(program, 1)
-        assert f"{file} was read again" in program.output
+        assert f"reloaded {file}" in program.output
         assert program.terminate() == 0
 
 
@@ -458,7 +458,7 @@ def test_a_file_that_is_read_again_changes_all_workers(folder: Path) -> None:
         write(4, one, two)
         program.process.send_signal(signal.SIGHUP)
         for number in pids:
-            program.wait_for(rf"\[worker {number}, .*\] .*connlimit.toml was read again")
+            program.wait_for(rf"\[worker {number}, .*\] reloaded .*connlimit.toml")
         for client in clients:
             assert answer(client) in pids.values()
         stack.close()
@@ -470,9 +470,7 @@ def test_a_file_that_is_read_again_changes_all_workers(folder: Path) -> None:
         write(4, two)
         program.process.send_signal(signal.SIGHUP)
         for number in pids:
-            program.wait_for(
-                rf"(?s)\[worker {number}, .*\] .*nothing was.*\[worker {number}, .*\] .*was read again"
-            )
+            program.wait_for(rf"(?s)\[worker {number}, .*\] .*nothing was.*\[worker {number}, .*\] reloaded ")
         with pytest.raises(ConnectionRefusedError):
             connected(one)
         assert program.terminate() == 0
@@ -556,7 +554,7 @@ def reloaded(program: Program, count: int) -> None:
     Wait until the parent and both workers have read the file again so many times.
     """
     began = time.monotonic()
-    while program.output.count("was read again") < 3 * count:
+    while program.output.count("reloaded ") < 3 * count:
         assert time.monotonic() - began < PATIENCE, program.output
         time.sleep(0.005)
 
@@ -590,7 +588,7 @@ def test_a_storm_of_reloads_while_workers_die_leaves_every_port_served_below_the
             time.sleep(random.choice([0, 0.001, 0.005, 0.02]))
         write(one, two, "last", 4, "refuse")
         program.process.send_signal(signal.SIGHUP)
-        program.wait_for("limiter last is new")
+        program.wait_for("limiter last added")
         for port in (one, two):
             assert served_at_once(port, 4)
         with ExitStack() as stack:

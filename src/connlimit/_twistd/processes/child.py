@@ -27,7 +27,7 @@ _log = Logger(namespace="connlimit.workers")
 #: Seconds between two looks at what the workers do.
 LOOK_INTERVAL = 1.0
 
-#: Seconds within which the last messages of a process that is no more are read.
+#: Seconds within which the last messages of a process that has ended are read.
 _LAST_WORDS = 1.0
 
 #: Seconds that a worker may take, at least, until it serves and answers.
@@ -258,7 +258,7 @@ class Child(ProcessProtocol):
 
     def check_end(self) -> None:
         """
-        Tell the parent if the process is no more and all that it told was heard.
+        Tell the parent if the process has ended and all that it said was heard.
         """
         if self._how is not None and not self._channel.is_open:
             self._close_in_flight()

@@ -24,7 +24,7 @@ class Channel(amp.AMP):
     is_open = False
 
     def makeConnection(self, transport: Any) -> None:
-        # Not by way of AMP's own, which tells of each connection in the log.
+        # Not by AMP's own, which logs every connection.
         amp.BinaryBoxProtocol.makeConnection(self, transport)
         self.is_open = True
 
@@ -128,7 +128,7 @@ class Look(_Note):
 
 class Lend(_Note):
     """
-    To a worker: it has so many slots of a limit more.
+    To a worker: it has this number of slots of a limit more.
     """
 
     arguments = [(b"limit", amp.Unicode()), (b"slots", amp.Integer())]
@@ -160,7 +160,7 @@ class Ask(_Note):
 
 class GiveBack(_Note):
     """
-    To the parent: so many slots of a limit are not needed.
+    To the parent: this number of slots of a limit is not needed.
     """
 
     arguments = [(b"limit", amp.Unicode()), (b"slots", amp.Integer())]

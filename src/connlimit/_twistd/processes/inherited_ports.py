@@ -1,7 +1,7 @@
 """
 Ports that one process opens and others accept at: the same sockets in all of them.
 
-What waits in a backlog is so accepted by whoever is there. With a socket each (SO_REUSEPORT) the kernel
+What waits in a backlog is so accepted by any worker there is. With a socket each (SO_REUSEPORT) the kernel
 chooses a process for each connection when it comes, be that process full or hanging, and resets what waits
 for one that dies. As each accepts one at a time, a crowd is spread about as evenly as the kernel would spread
 it; ``python -m bench workers`` measures both.

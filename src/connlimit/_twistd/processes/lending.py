@@ -26,7 +26,7 @@ class Borrower(Protocol):
 
     def lend(self, name: str, slots: int) -> None:
         """
-        Tell the worker that it has so many slots more.
+        Tell the worker that it has this number of slots more.
         """
 
     def recall(self, name: str, recalled: bool) -> None:
@@ -103,7 +103,7 @@ class Lender:
 
     def leave(self, borrower: Borrower) -> None:
         """
-        A worker is no more.
+        A worker has ended.
         """
         self.lent.pop(borrower, None)
         self._asking.pop(borrower, None)
@@ -145,7 +145,7 @@ class BorrowedLimit:
     def __init__(self, ask: Callable[[], None], give_back: Callable[[int], None]) -> None:
         """
         :param ask: tells the lender that a slot is lacking.
-        :param give_back: tells the lender that so many slots are not needed.
+        :param give_back: tells the lender that this number of slots is not needed.
         """
         self.in_use = 0
         self.held = 0
@@ -176,7 +176,7 @@ class BorrowedLimit:
 
     def lent(self, slots: int) -> None:
         """
-        The lender has lent so many slots more.
+        The lender has lent this number of slots more.
         """
         self.held += slots
         self._has_asked = False

@@ -23,7 +23,7 @@ MOST_BYTES = 1 << 20
 #: Seconds that the last lines of a process may take.
 _LAST_WORDS = 1.0
 
-#: What a failure's exception says, which JSON has no place for.
+#: What a failure's exception says, which JSON cannot hold.
 _SAID = "connlimit_failure_said"
 
 
@@ -54,9 +54,9 @@ def as_line(event: dict[str, Any]) -> bytes:
 
 def of_line(line: bytes, worker: int) -> dict[str, Any]:
     """
-    The event that a line tells of, as one of this process that names the worker.
+    The event that a line holds, as one of this process that names the worker.
 
-    :raises ValueError: if it tells of none.
+    :raises ValueError: if it holds none.
     """
     event = eventFromJSON(line.decode())
     level, namespace = event.get("log_level"), event.get("log_namespace")
@@ -70,7 +70,7 @@ def of_line(line: bytes, worker: int) -> dict[str, Any]:
 @implementer(IWriteDescriptor, ILogObserver)
 class LogPipe:
     """
-    A log observer that writes events to a pipe, and never waits for whoever should read it.
+    A log observer that writes events to a pipe, and never waits for its reader.
 
     :ivar dropped: how many events were dropped since the last was written, because nobody reads.
     """

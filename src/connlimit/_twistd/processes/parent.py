@@ -2,7 +2,7 @@
 The parent of several worker processes, which serve at the same ports.
 
 It opens the ports, lends the slots that the workers share, sends them the configuration that it has read,
-starts anew who dies, kills who hangs, adds up what they report, and ends when all have ended.
+restarts those that die, kills those that hang, adds up what they report, and ends when all have ended.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _log = Logger(namespace="connlimit.workers")
 #: Seconds until a worker that died is started again: at first, and at most if it dies again and again.
 _FIRST_DELAY, _MOST_DELAY = 0.1, 10.0
 
-#: A worker that served for so many seconds did not die of its start.
+#: A worker that served for these seconds did not die of its start.
 _WELL = 10.0
 
 #: Seconds that a worker may take to end beyond drain_timeout, before it is killed.
@@ -215,7 +215,7 @@ class Parent(Alone):
 
     def has_ended(self, worker: Child, how: str) -> None:
         """
-        A worker's process is no more.
+        A worker's process has ended.
         """
         number = worker.number
         del self._workers[number]
@@ -232,7 +232,7 @@ class Parent(Alone):
         delay = self._delays.get(number, _FIRST_DELAY)
         self._delays[number] = min(_MOST_DELAY, delay * 2)
         _log.error(
-            "worker {number} {how}; it is started again in {delay:.1f} s", number=number, how=how, delay=delay
+            "worker {number} {how}; it is restarted in {delay:.1f} s", number=number, how=how, delay=delay
         )
         self._restarts[number] = self.reactor.callLater(delay, self._start_worker, number)
 

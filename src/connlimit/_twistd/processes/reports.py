@@ -219,7 +219,7 @@ class PooledLimiter:
 
     def add_observer(self, observer: ILimiterObserver) -> None:
         """
-        Let an observer hear of those who are served, and of changed settings; nothing else is told of each.
+        Let an observer hear of those who are served, and of changed settings; not of other events.
         """
         self._observers.append(observer)
         self.own.add_observer(observer)

@@ -69,14 +69,14 @@ class Alone:
 
     def is_over(self, limiter: Limiter) -> bool:
         """
-        Whether a limiter that is no more in the configuration can be forgotten.
+        Whether a limiter that is not in the configuration any more can be forgotten.
         """
         now = limiter.snapshot()
         return not (now.active or now.waiting or now.exempt)
 
     def forget(self, limiter: Limiter) -> None:
         """
-        A limiter is no more.
+        A limiter was removed.
         """
 
     def watched(self, program: IRunning) -> Limited:

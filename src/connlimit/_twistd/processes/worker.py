@@ -100,7 +100,7 @@ class Worker(Alone):
 
     def catch_signals(self, reactor: Any) -> None:
         """
-        Let SIGTERM end this worker in order: whoever sends it may also send it to the parent.
+        Let SIGTERM end this worker in order: its sender may also send it to the parent.
         """
         signal.signal(signal.SIGTERM, lambda number, frame: reactor.callFromThread(self.order_to_stop))
 
@@ -112,7 +112,7 @@ class Worker(Alone):
 
     def serve(self, control: int) -> None:
         """
-        Do what the parent orders, until it orders to stop, or is no more.
+        Carry out the parent's commands, until the command to stop or the parent's end.
         """
         self.reactor.addSystemEventTrigger("before", "shutdown", lambda: ensureDeferred(self._stop()))
         self.reactor.adoptStreamConnection(control, socket.AF_UNIX, Factory.forProtocol(lambda: self.channel))
@@ -161,7 +161,7 @@ class Worker(Alone):
 
     def _forget(self, program: IRunning) -> None:
         """
-        Forget the limits of limiters that are no more.
+        Forget the limits of limiters that were removed.
         """
         for limiter in self._reporters.keys() - set(program.limiters.values()):
             limiter.remove_observer(self._reporters.pop(limiter))
@@ -192,7 +192,7 @@ class Worker(Alone):
 
     def is_orphaned(self) -> None:
         """
-        The parent is no more: stop, or end at once if that was ordered already.
+        The parent has ended: stop, or end at once if this worker is stopping already.
         """
         if self._is_stopping and not self._has_stopped:
             os.kill(os.getpid(), signal.SIGKILL)

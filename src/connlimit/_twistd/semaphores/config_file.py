@@ -15,7 +15,7 @@ Config = dict[str, tuple[int, int]]
 
 def read(path: Path) -> Config:
     """
-    Read a file. Keys that are not known are left to whoever knows them.
+    Read a file. Unknown keys are left to others.
 
     :raises ConfigError: with everything that is wrong with it.
     """

@@ -96,7 +96,7 @@ class SemaphoreProgram(Program):
         """
         What there is to see of the semaphores.
 
-        :param with_holders: whether to tell who holds them; whoever knows a peer's number can act for it.
+        :param with_holders: whether to show who holds them; a peer's number is enough to act for it.
         """
         now = self._store.seconds()
         state = self._store.state

@@ -30,7 +30,7 @@ class Step(Enum):
     ADD = "add"
     #: It is there no longer; its connections may finish.
     REMOVE = "remove"
-    #: Another takes its place.
+    #: Another replaces it.
     REPLACE = "replace"
     #: A limiter gets other settings, or a service serves in another way, without touching a connection.
     CHANGE = "change"

@@ -212,7 +212,7 @@ class Services:
                 )
             return False
         if self._failed.pop(key, None) is not None:
-            self._log.info("{name} is started", name=unit.name)
+            self._log.info("{name} started", name=unit.name)
         return True
 
     def _tell(self, plan: Plan, units: Mapping[str, ServiceUnit], parts: Mapping[str, Parts]) -> None:
@@ -221,14 +221,14 @@ class Services:
         """
         for name, step in plan.services.items():
             if step is Step.REMOVE:
-                self._log.info("service {name} is gone; its connections may finish", name=name)
+                self._log.info("service {name} removed; its connections may finish", name=name)
             elif step is Step.ADD:
-                self._log.info("service {name} is new", name=name)
+                self._log.info("service {name} added", name=name)
             elif step is Step.REPLACE:
-                self._log.info("service {name} is started anew", name=name)
+                self._log.info("service {name} restarted", name=name)
             else:
                 units[name].change(parts[name])
-                self._log.info("service {name} is changed", name=name)
+                self._log.info("service {name} changed", name=name)
 
 
 def _missing(units: Iterable[Any]) -> Pieces:

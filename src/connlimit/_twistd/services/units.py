@@ -285,7 +285,7 @@ async def stopped(name: str, stop: Callable[[], Any], patience: float | None = S
     """
     Stop something, and go on if that fails.
 
-    :param patience: after so many seconds it is not waited for any more; None for as long as it takes.
+    :param patience: after this number of seconds it is not waited for any more; None for as long as it takes.
     """
     from twisted.internet import reactor
 

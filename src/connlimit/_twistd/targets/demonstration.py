@@ -144,7 +144,7 @@ class _SlowPage(Resource):
 
     def render_GET(self, request: Request) -> Any:
         request.setHeader(b"cache-control", b"no-store")
-        # A connection kept alive would keep its slot; the next in line waits for it.
+        # A connection kept alive would keep its slot; the next in the queue waits for it.
         request.setHeader(b"connection", b"close")
         if request.path == b"/favicon.ico":
             request.setResponseCode(204)

@@ -7,7 +7,7 @@ Each relayed connection is a pair of ends, each with a transport of its own. Wha
   direction. From then on that has a time limit: ``client_fin_timeout`` or ``server_fin_timeout``.
 * Both have closed their directions: each side is closed as soon as it has got everything.
 * One side ends by a reset, or any other error: the other is reset as well, once it has got everything; so it
-  can tell a truncated answer from a whole one. While nobody reads from a side, the kernel tells of its reset.
+  can tell a truncated answer from a whole one. While nobody reads from a side, the kernel reports its reset.
 
 The slot is the server's: it is free when there is no connection to the server. The client may still be taking
 the rest of its answer then. If it is the client that has gone, the slot is not free before the server's
@@ -97,7 +97,7 @@ class RelayFactory(Factory):
         """
         Whether one more client may take the rest of its answer without a slot.
 
-        When nobody can come any more, it keeps the slot, so that whoever waits for the slots to be free waits
+        When nobody can come any more, it keeps the slot, so that what waits for the slots to be free waits
         for it, too.
         """
         if self._has_stopped:

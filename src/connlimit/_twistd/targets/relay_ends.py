@@ -136,7 +136,7 @@ class End(Protocol):
 
     def watch(self) -> None:
         """
-        Let the kernel tell of the end of the connection.
+        Let the kernel report the end of the connection.
         """
         if self._watched is None:
             sock = sockets.socket_of(self.transport)

@@ -118,7 +118,7 @@ class Stall:
 
 class Delivery:
     """
-    Resets a connection when its peer has got everything; whoever limits its time does so without us.
+    Resets a connection when its peer has got everything; others limit its time without us.
     """
 
     _MOST = 0.25  # seconds

@@ -54,7 +54,7 @@ def splice(source: Any, target: Any) -> Any:
     except BlockingIOError:
         return None
     except OSError as error:
-        # The kernel tells of an error once: after this, reading would find an orderly end.
+        # The kernel reports an error once: after this, reading would find an orderly end.
         return False if error.errno in _NOT_SO else CONNECTION_LOST
     if not count:
         return False

@@ -13,7 +13,7 @@ from connlimit.semaphores.server.state import State
 
 def semaphore_facts(state: State, now: float) -> list[dict[str, Any]]:
     """
-    What there is to tell of each configured semaphore, sorted by name: counts, and seconds.
+    The facts of each configured semaphore, sorted by name: counts, and seconds.
     """
     facts = []
     for name, semaphore in sorted(state.semaphores.items()):
@@ -34,7 +34,7 @@ def semaphore_facts(state: State, now: float) -> list[dict[str, Any]]:
 
 def holders(state: State, name: str, now: float, most: int) -> list[dict[str, Any]]:
     """
-    Who holds a semaphore, how much of it, and since how many seconds; longest first, so many at most.
+    Who holds a semaphore, how much of it, and since how many seconds; longest first.
     """
     return [
         {"peer": number, "count": lock.count, "for": max(0.0, now - lock.since)}

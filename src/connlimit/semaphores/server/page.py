@@ -65,7 +65,7 @@ def welcome(facts: list[dict[str, Any]]) -> Iterator[bytes]:
     """
     The page at the root, piece by piece.
 
-    :param facts: what there is to tell of each semaphore.
+    :param facts: the facts of each semaphore.
     """
     if not facts:
         yield _DOCTYPE + _flat(_Welcome(tags.p("There are none yet."))) + b"\n"

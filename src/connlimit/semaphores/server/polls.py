@@ -41,7 +41,7 @@ class Polls:
 
     def wait(self, peer: int, name: str, seconds: float) -> Deferred[bool]:
         """
-        Wait for a pending lock to be granted, at most so many seconds.
+        Wait for a pending lock to be granted, at most this number of seconds.
 
         :return: fires with whether it was; fails with `Rejected` if it never will be. Can be cancelled.
         """

@@ -74,7 +74,7 @@ class Peer:
     """
     What one peer has; not to be changed.
 
-    :ivar expires: when it is gone unless it is heard of, in seconds.
+    :ivar expires: when it is forgotten unless it is heard from, in seconds.
     :ivar held: its locks by the names of their semaphores.
     :ivar pending: the name of the semaphore in whose queue it stands, or None.
     """

@@ -113,7 +113,7 @@ class RedisStore:
         self._script = Script(_SCRIPT, [log, f"{_PREFIX}:state", f"{_PREFIX}:about", draft])
         self._redis = Redis(self._address, reactor, log, self._hear, _LONGEST)
         self._log = BoundedLog(Logger(namespace="connlimit.semaphores.server"), self._clock)
-        # What is known here: the first so many operations of a history, and how the last of them begins.
+        # What is known here: how many operations of a history, and how the last of them begins.
         self._history, self._seen, self._mark = "", 0, ""
         # The time of the last of them, in ms, and when it was seen by the monotonic clock.
         self._time, self._time_seen = 0, time.monotonic()
@@ -416,7 +416,7 @@ def _text(token: str, operation: str, arguments: tuple[Any, ...]) -> str:
 
 def pages(records: Iterator[list[Any]]) -> Iterator[tuple[str, int]]:
     """
-    Records as JSON, so many on a page, and how many these are.
+    Records as JSON, a number on each page, and how many these are.
     """
     page: list[str] = []
     size = 0

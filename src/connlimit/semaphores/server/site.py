@@ -104,7 +104,7 @@ class SemaphoreSite(HttpFactory):
 
     def finish(self, seconds: float) -> Deferred[None]:
         """
-        Have each connection end with its next answer, and requests wait no longer than so many seconds.
+        Have each connection end with its next answer, and requests wait no longer than these seconds.
 
         :return: fires when all requests are answered.
         """

@@ -123,7 +123,7 @@ class State:
         self, now: float, semaphores: Mapping[str, tuple[int, int]], max_peers: int | None
     ) -> None:
         """
-        Have these semaphores from now on, each with a full count and a level, and no more than so many peers.
+        Have these semaphores from now on, each with a full count and a level, and a maximum number of peers.
 
         What is held stays held; what is pending and can never be granted any more is rejected.
 

@@ -199,7 +199,7 @@ class HttpConnection(Protocol):
             written = self.transport.writeSomeData(data)
             if written == len(data):
                 return
-            # From now on what is left, and whatever follows, goes in its order by way of the transport.
+            # From now on what is left, and whatever follows, goes in its order through the transport.
             self._is_direct = False
             if isinstance(written, int):
                 data = data[written:]

@@ -117,7 +117,7 @@ def head(
     framing: str = "Content-Length: ",
 ) -> tuple[bytes, bytes]:
     """
-    The head of an answer, in two parts: between them there is place for the end of the line of framing.
+    The head of an answer, in two parts: the end of the line of framing goes between them.
     """
     start = [f"HTTP/1.{0 if is_old else 1} {status} {_PHRASES[status]}"]
     if not is_kept and not is_old:
