@@ -7,7 +7,6 @@ from __future__ import annotations
 import os
 import re
 import socket
-import threading
 import time
 from contextlib import closing, suppress
 from functools import partial
@@ -351,33 +350,17 @@ async def test_a_lease_is_renewed_in_time_though_redis_is_far_away(
 
 
 @ensureDeferred
-async def test_redis_is_reached_by_ipv6(settled_redis: Redis, tmp_path: Path) -> None:
+async def test_redis_is_reached_by_ipv6(tmp_path: Path) -> None:
     try:
-        listening = socket.create_server(("::1", 0), family=socket.AF_INET6)
+        with closing(socket.create_server(("::1", 0), family=socket.AF_INET6)) as listening:
+            port = listening.getsockname()[1]
     except OSError:
         pytest.skip("there is no IPv6")
-
-    def relay() -> None:
-        with suppress(OSError):
-            while True:
-                client, _ = listening.accept()
-                server = socket.socket(socket.AF_UNIX)
-                server.connect(str(settled_redis.socket))
-                for one, other in ((client, server), (server, client)):
-                    threading.Thread(target=copy, args=(one, other), daemon=True).start()
-
-    def copy(one: socket.socket, other: socket.socket) -> None:
-        with suppress(OSError):
-            while data := one.recv(65536):
-                other.sendall(data)
-            other.shutdown(socket.SHUT_RDWR)
-
-    threading.Thread(target=relay, daemon=True).start()
-    with closing(listening):
-        port = listening.getsockname()[1]
-        limit = using(redis_limit.RedisLimit("six", 1, url=f"redis://[::1]:{port}", ttl=10))
-        await until(lambda: limit.in_use)
-        await over(limit)
+    redis = Redis(tmp_path, port).start(True, "--bind", "::1")
+    limit = using(redis_limit.RedisLimit("six", 1, url=f"redis://[::1]:{port}", ttl=10))
+    await until(lambda: limit.in_use)
+    await over(limit)
+    redis.stop()
 
 
 @ensureDeferred
