@@ -387,3 +387,18 @@ async def test_members_with_different_limits_each_keep_their_own(settled_redis: 
         many.release(None)
     await until(lambda: few.in_use == 2)
     await over(few, many)
+
+
+@ensureDeferred
+async def test_a_process_that_was_busy_does_not_take_what_hears_for_dead(settled_redis: Redis) -> None:
+    limit = using(redis_limit.RedisLimit("busy", 1, url=settled_redis.url, ttl=20))
+    await until(lambda: limit.in_use and limit._link.hears(limit.channel))
+    link = limit._link
+    ear = link._ear
+    await until(lambda: ear.pinged_at is None)
+    link._listen()
+    assert ear.pinged_at is not None
+    time.sleep(3)  # the reactor has no turn meanwhile
+    await until(lambda: ear.pinged_at is None or link._ear is not ear)
+    assert link._ear is ear
+    await over(limit)

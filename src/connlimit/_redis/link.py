@@ -121,6 +121,7 @@ class Link:
         self._ear_connecting: Deferred[None] | None = None
         self._ear_failures = 0
         self._beating: IDelayedCall | None = None
+        self._beats_at = 0.0
         self._is_deaf = False
 
     # Who uses it
@@ -436,9 +437,14 @@ class Link:
         elif ear is not None and ear.pinged_at is None:
             ear.pinged_at = since_boot()
             ear.say("PING")
-        elif ear is not None and since_boot() - ear.pinged_at > self._patience(_BEAT):
+        elif (
+            ear is not None
+            and since_boot() - ear.pinged_at > self._patience(_BEAT)
+            and since_boot() - self._beats_at <= _SLOW  # else its answer may be there and unread
+        ):
             self._ear_failures = min(self._ear_failures + 1, 10)
             self._shut_ear()
+        self._beats_at = since_boot() + pause
         self._beating = self._clock.callLater(pause, self._listen)
 
     def _can_hear(self, ear: Any) -> None:
