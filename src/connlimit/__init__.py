@@ -3,6 +3,7 @@ A connection limiter for any Twisted server: a fixed number are served at once, 
 """
 
 from connlimit._connection.factory import LimitingFactory
+from connlimit._job.job import Job, Refused
 from connlimit._limiter.limiter import Limiter
 from connlimit._listening.endpoint import LimitingEndpoint, limit_reactor
 from connlimit._listening.proxy_header import ProxyHeaderEndpoint
@@ -13,12 +14,14 @@ from connlimit.observers import ConnectionLog, LimiterLog
 
 __all__ = [
     "ConnectionLog",
+    "Job",
     "LimitedService",
     "Limiter",
     "LimiterLog",
     "LimitingEndpoint",
     "LimitingFactory",
     "ProxyHeaderEndpoint",
+    "Refused",
     "Snapshot",
     "__version__",
     "limit_reactor",

@@ -235,6 +235,9 @@ class Key:
 
     key: Hashable
 
+    def __str__(self) -> str:
+        return str(self.key)
+
 
 @attrs.frozen
 class _OwnKey:

@@ -58,6 +58,7 @@ from connlimit.interfaces import (
     FULL,
     PEER,
     REASONS,
+    TIMEOUT,
     IConnection,
     IKeyedLimit,
     ILimit,
@@ -174,6 +175,7 @@ class Admission:
         "_release_marks",
         "_returned",
         "_served_at",
+        "_weights",
         "audience",
         "budget",
         "clock",
@@ -205,6 +207,8 @@ class Admission:
         self.slots.keep_times(settings.idle_timeout is not None, clock.seconds())
         self._deadlines = Deadlines(self.queue, settings, clock, log, self)
         self._is_exempt = settings.exempt
+        # Who waits for several slots, and for how many more than one.
+        self._weights: dict[IOccupant, int] = {}
         self._is_serving = False
         self._looks_again = False
         self.counts = Counts()
@@ -229,7 +233,7 @@ class Admission:
             slots.on_collection,
         )
         self._order, self._returned = self.queue.order, self.queue.returned
-        self._most, self._further = self.limits.most, self.limits.further
+        self._most, self._further = self.limits.most - slots.extra, self.limits.further
 
     def subscribe(self) -> None:
         """
@@ -310,9 +314,37 @@ class Admission:
             self._count_refused(connection, reason)
         return reason
 
-    def wait(self, connection: IOccupant) -> None:
+    def serve_heavy_at_once(self, occupant: IOccupant, weight: int) -> bool:
         """
-        Put a new connection into the queue.
+        Give a new occupant so many slots, if there is room and nobody waits.
+        """
+        slots, extra = self.slots, weight - 1
+        # What it needs besides one slot is set aside while it is asked whether it gets that.
+        slots.extra += extra
+        self._most = self.limits.most - slots.extra
+        is_served = self.serve_at_once(occupant)
+        slots.extra -= extra
+        self._most = self.limits.most - slots.extra
+        if is_served and occupant.slot is not None and occupant.slot not in slots.exempt:
+            self._weigh(occupant.slot, extra)
+        elif is_served:
+            self.serve_queue()
+        return is_served
+
+    def finish_heavy(self, occupant: IOccupant) -> None:
+        """
+        An occupant that may hold several slots is over.
+        """
+        if occupant.slot is not None:
+            self._lighten(occupant.slot)
+            self.finish(occupant)
+
+    def wait(self, connection: IOccupant, timeout: float | None = None, weight: int = 1) -> None:
+        """
+        Put a new connection, or another occupant, into the queue.
+
+        :param timeout: seconds that it waits at the most, whatever others do; None for no such limit.
+        :param weight: for how many slots.
         """
         self.counts.accepted += 1
         reason = self._no_place(connection)
@@ -321,10 +353,17 @@ class Admission:
             return
         now = self.clock.seconds()
         self.queue.add(connection, now)
+        if weight > 1:
+            self._weights[connection] = weight - 1
         self._deadlines.joined(connection, now)
+        if timeout is not None:
+            self._deadlines.give_up(connection, now + timeout)
         if self.audience.everybody:
             self.audience.tell("waiting", connection)
         self.serve_queue()
+        if timeout is not None and timeout <= 0 and connection in self.queue:
+            self.refuse(connection, TIMEOUT)
+            self.serve_queue()
 
     def depart(self, connection: IOccupant) -> None:
         """
@@ -353,6 +392,8 @@ class Admission:
             peer=connection.address,
             why=why,
         )
+        if self.slots.heavy:
+            self._lighten(connection.slot)
         self.finish(connection)
 
     def reclaim_lost(self) -> None:
@@ -383,7 +424,7 @@ class Admission:
         """
         return (
             not (self._order or self._returned or self.is_draining)
-            and self.slots.taken < self._most
+            and self.slots.taken < self.limits.most
             and self.budget.may_serve()
         )
 
@@ -557,27 +598,60 @@ class Admission:
             return False
         now = self.clock.seconds()
         connection = self.queue.next(now)
+        extra = self._weights.get(connection, 0) if self._weights else 0
+        if extra and self.slots.taken + extra >= self.limits.most:
+            return self._let_pass_heavy(connection, extra)
         if self._further is not None and not self._further.try_acquire(connection):
             return self._let_others_pass(connection)
         waited = self._leave_queue(connection)
         self.counts.waits += 1
         self.counts.wait_seconds += waited
         self.slots.take(connection, now)
+        if extra:
+            self._weigh(connection.slot, extra)
         if self.audience.of_served:
             self.audience.tell("served", connection, waited)
         connection.serve()
         return True
 
-    def _let_others_pass(self, connection: IOccupant) -> bool:
+    def _let_pass_heavy(self, occupant: IOccupant, extra: int) -> bool:
+        """
+        Take one that needs more slots than are free out of the others' way, if it is its own key that has no
+        room, or if it needs more than there are at all. Otherwise nobody overtakes it.
+
+        :return: whether it was.
+        """
+        if extra >= self.limits.most:
+            self.refuse(occupant, FULL)
+            return True
+        return self._let_others_pass(occupant, was_asked=False)
+
+    def _weigh(self, slot: ref[IOccupant], extra: int) -> None:
+        """
+        One that has just got a slot takes so many more.
+        """
+        self.slots.heavy[slot] = extra
+        self.slots.extra += extra
+        self._most = self.limits.most - self.slots.extra
+
+    def _lighten(self, slot: ref[IOccupant]) -> None:
+        """
+        One that is over gives back what it took besides its slot.
+        """
+        self.slots.extra -= self.slots.heavy.pop(slot, 0)
+        self._most = self.limits.most - self.slots.extra
+
+    def _let_others_pass(self, connection: IOccupant, was_asked: bool = True) -> bool:
         """
         Take the connection out of the others' way, if it is its own key that has no room.
 
+        :param was_asked: whether a slot was asked for.
         :return: whether it was.
         """
         if self.settings.over_peer == "refuse" and self.limits.is_at_cap(connection):
             self.refuse(connection, PEER)
             return True
-        aside = self.limits.aside_for(connection)
+        aside = self.limits.aside_for(connection, was_asked)
         if aside is None:
             return False
         self.queue.step_aside(connection, *aside)
@@ -591,6 +665,8 @@ class Admission:
         """
         waited = max(0.0, self.clock.seconds() - self.queue.remove(connection))
         self._deadlines.left(connection)
+        if self._weights:
+            self._weights.pop(connection, None)
         return waited
 
     def _may_have_room(self, limit: ILimit | None = None) -> None:

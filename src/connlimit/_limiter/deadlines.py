@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from twisted.internet.interfaces import IDelayedCall, IReactorTime
 
-from connlimit._limiter.queue import Queue
+from connlimit._limiter.queue import Queue, Ranked
 from connlimit._limiter.settings import Settings
 from connlimit._system.bounded_log import BoundedLog
 from connlimit.interfaces import FULL, TIMEOUT, IConnection, IOccupant
@@ -66,6 +66,7 @@ class Deadlines:
         "_drains",
         "_log",
         "_notice",
+        "_own",
         "_queue",
         "_refusal_timer",
         "_timeout",
@@ -84,6 +85,8 @@ class Deadlines:
         self._notice = settings.notice
         # Which connections wait and have not had the notice yet, if there is one, and since when.
         self._unnotified: OrderedDict[Any, float] = OrderedDict()
+        # Who has a time-out of its own, by when that is.
+        self._own: Ranked[IOccupant] = Ranked()
         self._drains = 0
         self._timer: IDelayedCall | None = None
         self._audit_timer: IDelayedCall | None = None
@@ -113,10 +116,19 @@ class Deadlines:
             self._unnotified[connection] = now
         self._start()
 
+    def give_up(self, occupant: IOccupant, due: float) -> None:
+        """
+        Refuse one who has joined the queue at this time, if it still waits then.
+        """
+        self._own.add(occupant, due)
+        self._start()
+
     def left(self, connection: IOccupant) -> None:
         """
         A connection has left the queue.
         """
+        if self._own and connection in self._own:
+            self._own.remove(connection)
         if self._unnotified:
             self._unnotified.pop(connection, None)
         if not (self._queue.order or self._queue):
@@ -171,6 +183,8 @@ class Deadlines:
         times = [queue.order.expires() if queue.order else None]
         if self._timeout is not None:
             times.append(queue.oldest()[1] + self._timeout)
+        if self._own:
+            times.append(self._own.rank(self._own.first()))
         if self._notice is not None and self._unnotified:
             times.append(next(iter(self._unnotified.values())) + self._notice[0])
         return min((time for time in times if time is not None), default=None)
@@ -196,6 +210,9 @@ class Deadlines:
                 if timeout is None or arrived + timeout > now:
                     break
             self._acts.refuse(connection, TIMEOUT)
+        own = self._own
+        while own and own.rank(first := own.first()) <= now:
+            self._acts.refuse(first, TIMEOUT)
         if self._notice is not None:
             self._give_notice(now, *self._notice)
         self._start(_LEAST_DELAY)

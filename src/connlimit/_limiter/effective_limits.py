@@ -162,10 +162,11 @@ class EffectiveLimits:
             self._log.failure("{limit} failed to tell whether a key has room; it has none", limit=limit)
             return False
 
-    def aside_for(self, connection: IOccupant) -> tuple[Keys, Hashable] | None:
+    def aside_for(self, connection: IOccupant, was_asked: bool = True) -> tuple[Keys, Hashable] | None:
         """
         For what a connection that got no slot stands aside: its keys, and the one of them that has no room.
 
+        :param was_asked: whether all were asked for a slot.
         :return: None if it is not its own key that has none.
         """
         keys = self.keys(connection)
@@ -173,7 +174,7 @@ class EffectiveLimits:
         if lacking is not None:
             return keys, lacking
         further = self.further
-        if further is not None and further.failed:
+        if was_asked and further is not None and further.failed:
             limit = further.lacking
             assert limit is not None
             self._failing.add(id(limit))

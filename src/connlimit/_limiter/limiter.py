@@ -5,7 +5,7 @@ Limiter: its settings and counters, what can be asked of it, and what can be cha
 from __future__ import annotations
 
 import sys
-from collections.abc import Generator, Hashable, Iterable, Sequence
+from collections.abc import Callable, Generator, Hashable, Iterable, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -15,6 +15,7 @@ from twisted.internet.interfaces import IAddress, IReactorTime
 from twisted.logger import Logger
 from zope.interface import implementer
 
+from connlimit._job.job import Job
 from connlimit._limiter.admission import Admission
 from connlimit._limiter.audience import Audience
 from connlimit._limiter.dry_run import DryRun
@@ -277,6 +278,48 @@ class Limiter:
         taken, queue, most = self.admission.slots.taken, self.admission.queue, settings.max_waiting
         words = limits.in_words(settings, taken, self.active, queue, connection)
         return words if most is None or len(queue) < most else f"{words}, max_waiting is {most}"
+
+    # Work of any kind
+
+    def slot(self, key: Any = None, weight: int = 1, timeout: float | None = None) -> Job:
+        """
+        A slot for a job, to be taken by ``async with``, or by what a `Job` can do besides. It waits in the
+        same queue as connections do, by the same rules; if it is refused, that raises `Refused`.
+
+        :param key: what takes the place of a peer, as ``max_per_peer`` counts; None for none. It may be the
+            address of a client, if it is to be counted as that.
+        :param weight: how many slots it takes. As long as it is the first of the queue and there are fewer,
+            nobody overtakes it. If ``max_connections`` is lowered below this while it waits, it is refused as
+            ``full``, but not if nobody is served, as that is 0. All other limits count it once.
+        :param timeout: how many seconds it waits at the most, besides ``wait_timeout``; 0 if it does not.
+        :raises TypeError: for a value of a wrong type.
+        :raises ValueError: for a wrong value, such as a weight of more than ``max_connections``.
+        """
+        if type(weight) is not int or weight != 1:
+            most = self.admission.limits.most
+            if type(weight) is not int:
+                raise TypeError(f"weight must be a whole number, not {weight!r}")
+            if weight < 1:
+                raise ValueError(f"weight must be at least 1, not {weight}")
+            if 0 < most < weight:
+                raise ValueError(f"weight must be at most max_connections, which is {most}, not {weight}")
+        if timeout is not None:
+            if not isinstance(timeout, (int, float)):
+                raise TypeError(f"timeout must be a number of seconds, not {timeout!r}")
+            if not timeout >= 0:
+                raise ValueError(f"timeout must be at least 0 seconds, not {timeout}")
+        if key is not None:
+            hash(key)
+        return Job(self.admission, key, weight, timeout)
+
+    def run(self, f: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Deferred[Any]:
+        """
+        Call a function when there is a slot for it, and hold that until it is over: until its Deferred has
+        fired, or its coroutine has ended, if it returns one. See `Job.run`.
+
+        :return: fires with its result, or fails, with `Refused` if there is no slot for it.
+        """
+        return self.slot().run(f, *args, **kwargs)
 
     # What can be changed
 

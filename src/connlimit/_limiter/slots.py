@@ -89,17 +89,31 @@ class Slots:
 
     :ivar active: the address of each that holds a slot.
     :ivar exempt: those of them that are exempt and take none of the limits.
+    :ivar heavy: those of them that take several slots, and how many more than one.
+    :ivar extra: how many more all of these take.
     :ivar closing: those of them that were closed because they were idle, and are not gone yet.
     :ivar lost: those of them that were collected.
     :ivar served_at: when each was served, while that matters; None while it does not.
     :ivar on_collection: what their references call.
     """
 
-    __slots__ = ("_known_from", "active", "closing", "exempt", "lost", "on_collection", "served_at")
+    __slots__ = (
+        "_known_from",
+        "active",
+        "closing",
+        "exempt",
+        "extra",
+        "heavy",
+        "lost",
+        "on_collection",
+        "served_at",
+    )
 
     def __init__(self) -> None:
         self.active: dict[ref[IOccupant], IAddress] = {}
         self.exempt: set[ref[IOccupant]] = set()
+        self.heavy: dict[ref[IOccupant], int] = {}
+        self.extra = 0
         self.closing: set[ref[IOccupant]] = set()
         self.lost: list[ref[IOccupant]] = []
         self.served_at: dict[ref[IOccupant], float] | None = None
@@ -112,13 +126,13 @@ class Slots:
         """
         How many are taken of those that ``max_connections`` gives.
         """
-        return len(self.active) - len(self.exempt)
+        return len(self.active) - len(self.exempt) + self.extra
 
     def count(self) -> int:
         """
-        How many connections hold a slot, without the exempt and without those that are lost.
+        How many occupants are active, without the exempt and without those that are lost.
         """
-        return self.taken - sum(slot not in self.exempt for slot in self.lost)
+        return len(self.active) - len(self.exempt) - sum(slot not in self.exempt for slot in self.lost)
 
     def take(self, connection: IOccupant, now: float) -> ref[IOccupant]:
         """

@@ -12,6 +12,7 @@ from typing import Any
 import attrs
 
 from connlimit.interfaces import FIGURES, ILimiter, IOccupant
+from connlimit.limits import Key
 from connlimit.observers import LimiterObserver
 
 #: Seconds between samples, and how many are kept: ten minutes.
@@ -149,8 +150,8 @@ def address_text(address: Any) -> str:
     """
     An address as it is shown.
     """
-    if isinstance(address, str):  # it comes from a worker
-        return address
+    if isinstance(address, (str, Key)):  # it comes from a worker, or is no connection's
+        return str(address)
     host = getattr(address, "host", None)
     if host is None:
         return "UNIX socket" if getattr(address, "uid", None) is None else f"UNIX user {address.uid}"

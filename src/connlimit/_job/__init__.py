@@ -1,0 +1,3 @@
+"""
+A slot for work of any kind: jobs, outgoing connections, requests to other servers.
+"""
