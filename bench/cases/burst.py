@@ -32,8 +32,8 @@ def run(quick: bool) -> Iterator[Result]:
     """
     Crowds of several sizes, Twisted's own backlog and ours.
     """
-    most = raise_descriptor_limit() * 3 // 4
-    crowds = (1, 100) if quick else [crowd for crowd in (1, 100, 1000, 5000) if crowd <= most]
+    maximum = raise_descriptor_limit() * 3 // 4
+    crowds = (1, 100) if quick else [crowd for crowd in (1, 100, 1000, 5000) if crowd <= maximum]
     rounds = 1 if quick else 3
     caption = "Clients that connect in one instant, send a byte, and wait for its echo"
     table = Table("burst", caption, _COLUMNS, named=2)

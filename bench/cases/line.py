@@ -122,8 +122,8 @@ def _departures(quick: bool) -> Result:
     """
     How soon a departure is noticed, and what the process uses while nothing happens.
     """
-    most = raise_descriptor_limit() * 3 // 4
-    counts, seconds = ((200,), 1) if quick else (tuple(c for c in (100, 1000, 15_000) if c <= most), 4)
+    maximum = raise_descriptor_limit() * 3 // 4
+    counts, seconds = ((200,), 1) if quick else (tuple(c for c in (100, 1000, 15_000) if c <= maximum), 4)
     columns = ("waiting", "noticed after, ms", f"CPU in {seconds} s in which nothing happens, ms")
     table = Table("departures", "Clients that close their connection while they wait", columns)
     for count in counts:

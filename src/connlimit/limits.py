@@ -263,13 +263,13 @@ class Rate(_Announcing):
         super().__init__()
         self._clock: IReactorTime = ReactorClock() if clock is None else clock
         self._set(rate, burst)
-        self._tokens = self._most
+        self._tokens = self._maximum
         self._counted = -math.inf
         self._timer: IDelayedCall | None = None
 
     def _set(self, rate: float, burst: int | None) -> None:
         self._rate = rate
-        self._most = max(1.0, rate if burst is None else burst)
+        self._maximum = max(1.0, rate if burst is None else burst)
 
     def change(self, rate: float, burst: int | None) -> None:
         """
@@ -277,7 +277,7 @@ class Rate(_Announcing):
         """
         self._count()
         self._set(rate, burst)
-        self._tokens = min(self._tokens, self._most)
+        self._tokens = min(self._tokens, self._maximum)
         # The code that changes the rate asks again.
         self._unset_timer()
 
@@ -286,7 +286,7 @@ class Rate(_Announcing):
         How many slots there will be to take within this number of seconds, from now on.
         """
         self._count()
-        return min(self._most, self._tokens) + seconds * self._rate
+        return min(self._maximum, self._tokens) + seconds * self._rate
 
     def try_acquire(self, connection: IOccupant) -> bool:
         self._count()
@@ -303,7 +303,7 @@ class Rate(_Announcing):
         Put what has come since the last time into the bucket.
         """
         now = self._clock.seconds()
-        self._tokens = min(self._most, self._tokens + max(0.0, now - self._counted) * self._rate)
+        self._tokens = min(self._maximum, self._tokens + max(0.0, now - self._counted) * self._rate)
         self._counted = now
 
     def release(self, connection: IOccupant) -> None:

@@ -18,7 +18,7 @@ from connlimit.interfaces import DRAINING, ILimiter, ILimiterObserver, IOccupant
 _LEAST = 1.0
 
 #: How often it is told in how many seconds that a limiter is full; what happens besides is summed up.
-_MOST_TOLD, _INTERVAL = 3, 60.0
+_MAX_TOLD, _INTERVAL = 3, 60.0
 
 
 @implementer(ILimiterObserver)
@@ -91,7 +91,7 @@ class LimiterLog(LimiterObserver):
     def __init__(self) -> None:
         self._story: _Story | None = None
         self._timer: IDelayedCall | None = None
-        self._told: deque[float] = deque(maxlen=_MOST_TOLD)
+        self._told: deque[float] = deque(maxlen=_MAX_TOLD)
         # What is not told yet: since when, how often, for how many seconds in all, and all in all.
         self._untold_since = 0.0
         self._untold_times = 0
@@ -175,7 +175,7 @@ class LimiterLog(LimiterObserver):
         """
         story, now = self._story, limiter.clock.seconds()
         assert story is not None
-        if len(self._told) == _MOST_TOLD and now - self._told[0] < _INTERVAL:
+        if len(self._told) == _MAX_TOLD and now - self._told[0] < _INTERVAL:
             if self._summing_up is None:
                 delay = self._told[0] + _INTERVAL - now
                 self._summing_up = limiter.clock.callLater(delay, self._minute_over, limiter)

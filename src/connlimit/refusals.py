@@ -82,7 +82,7 @@ class Speaking(Protocol):
     """
 
     #: More than any opening that an answer depends on.
-    MOST = 16384
+    MAX = 16384
 
     transport: Any
 
@@ -94,7 +94,7 @@ class Speaking(Protocol):
         self._speak()
 
     def dataReceived(self, data: bytes) -> None:
-        if self.answer is not None and len(self.received) < self.MOST:
+        if self.answer is not None and len(self.received) < self.MAX:
             self.received += data
             self._speak()
 

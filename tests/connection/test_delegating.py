@@ -209,16 +209,16 @@ class TransparencyTests(LimiterTestCase):
 
     def test_a_conversation_is_the_same_bare_with_room_and_after_a_wait(self) -> None:
         conversations = []
-        for most in (None, 1, 0):
-            self.limited(most)
+        for maximum in (None, 1, 0):
+            self.limited(maximum)
             bare = RecordingFactory()
-            target: Factory = bare if most is None else self.factory
+            target: Factory = bare if maximum is None else self.factory
             client = FakeConnection(self.clock).connect(target)
             self.limiter.max_connections = 1
             client.send(b"hello")
             self.turn()
             client.send(b"again")
             self.close(client)
-            events = (bare if most is None else self.server).events
+            events = (bare if maximum is None else self.server).events
             conversations.append((events, client.received))
         self.assertEqual(conversations, [(["made", b"hello", b"again", "lost"], b"helloagain")] * 3)

@@ -262,10 +262,10 @@ class FakeKqueue:
 
     def close(self) -> None: ...
 
-    def control(self, changes: list | None, most: int, timeout: int = 0) -> list[object]:
+    def control(self, changes: list | None, maximum: int, timeout: int = 0) -> list[object]:
         for change in changes or ():
             self.changes.append((change.ident, change.flags))
-        events, self.events = self.events[:most], self.events[most:]
+        events, self.events = self.events[:maximum], self.events[maximum:]
         return events
 
 

@@ -192,9 +192,9 @@ class BuildingTests(LimiterTestCase):
                 self.assert_counts(active=1, waiting=0, finished=1)
 
     def test_a_failure_is_logged_and_closes_the_connection(self) -> None:
-        for most in (0, 1):
-            with self.subTest(most=most):
-                self.limited(most)
+        for maximum in (0, 1):
+            with self.subTest(maximum=maximum):
+                self.limited(maximum)
                 self.build(ApplicationError())
                 first, second = self.connect(2)
                 self.limiter.max_connections = 1

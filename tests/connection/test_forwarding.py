@@ -40,9 +40,9 @@ class ForwardingTests(LimiterTestCase):
     ASKED = (IHalfCloseableProtocol, IHandshakeListener, IFileDescriptorReceiver)
 
     def test_events_are_forwarded_to_a_protocol_that_asks_for_them(self) -> None:
-        for most in (0, 1):
-            with self.subTest(most=most):
-                self.limited(most)
+        for maximum in (0, 1):
+            with self.subTest(maximum=maximum):
+                self.limited(maximum)
                 self.server.protocol = Listening
                 connection = self.connect()[0].protocol
                 self.limiter.max_connections = 1

@@ -42,10 +42,10 @@ class Jobs(RuleBasedStateMachine):
     What callers do with a limiter, what its operator changes, and time.
     """
 
-    @initialize(most=LIMITS, cap=CAPS, wait_timeout=st.none() | st.integers(1, 10))
-    def start(self, most: int | None, cap: int | None, wait_timeout: int | None) -> None:
+    @initialize(maximum=LIMITS, cap=CAPS, wait_timeout=st.none() | st.integers(1, 10))
+    def start(self, maximum: int | None, cap: int | None, wait_timeout: int | None) -> None:
         self.clock = Clock()
-        self.limiter = Limiter(most, max_per_peer=cap, wait_timeout=wait_timeout, clock=self.clock)
+        self.limiter = Limiter(maximum, max_per_peer=cap, wait_timeout=wait_timeout, clock=self.clock)
         self.runs: list[Run] = []
 
     def in_state(self, state: str) -> list[Run]:
@@ -60,8 +60,8 @@ class Jobs(RuleBasedStateMachine):
     def has_begun(self, run: Run) -> None:
         assert run.state == "waiting"
         run.state = "active"
-        most, cap = self.limiter.max_connections, self.limiter.max_per_peer
-        assert most is None or self.taken() <= most
+        maximum, cap = self.limiter.max_connections, self.limiter.max_per_peer
+        assert maximum is None or self.taken() <= maximum
         assert cap is None or run.key is None or self.of_key(run.key) <= cap
 
     def is_over(self, outcome: Any, run: Run) -> None:
@@ -96,9 +96,9 @@ class Jobs(RuleBasedStateMachine):
         by_run=st.booleans(),
     )
     def begin(self, weight: int, key: str | None, timeout: int | None, returns: bool, by_run: bool) -> None:
-        most = self.limiter.max_connections
-        if most and weight > most:
-            weight = most
+        maximum = self.limiter.max_connections
+        if maximum and weight > maximum:
+            weight = maximum
         slot = self.limiter.slot(key=key, weight=weight, timeout=timeout)
         run = Run(len(self.runs), weight, key)
         self.runs.append(run)
@@ -130,9 +130,9 @@ class Jobs(RuleBasedStateMachine):
     def wait(self, seconds: int) -> None:
         self.clock.advance(seconds)
 
-    @rule(most=LIMITS)
-    def change_limit(self, most: int | None) -> None:
-        self.limiter.max_connections = most
+    @rule(maximum=LIMITS)
+    def change_limit(self, maximum: int | None) -> None:
+        self.limiter.max_connections = maximum
 
     @rule(cap=CAPS, order=st.sampled_from(["fifo", "fifo", "lifo", "fair"]))
     def change_others(self, cap: int | None, order: Any) -> None:
@@ -156,13 +156,13 @@ class Jobs(RuleBasedStateMachine):
     def nobody_waits_beside_slots_that_it_could_have(self) -> None:
         if not hasattr(self, "limiter"):
             return
-        most, cap, taken = self.limiter.max_connections, self.limiter.max_per_peer, self.taken()
+        maximum, cap, taken = self.limiter.max_connections, self.limiter.max_per_peer, self.taken()
         could = [
             run
             for run in self.in_state("waiting")
             if cap is None or run.key is None or self.of_key(run.key) < cap
         ]
-        fits = [run for run in could if most is None or taken + run.weight <= most]
+        fits = [run for run in could if maximum is None or taken + run.weight <= maximum]
         if self.limiter.settings.order == "fifo":
             assert not could or could[0] not in fits
         else:

@@ -129,7 +129,7 @@ class EveryOrder(RuleBasedStateMachine):
     """
 
     @initialize(
-        most=ROOM,
+        maximum=ROOM,
         waiting=ROOM,
         timeout=st.one_of(st.none(), st.integers(1, 5)),
         order=st.sampled_from(["fifo", *sorted(ORDERS)]),
@@ -138,7 +138,7 @@ class EveryOrder(RuleBasedStateMachine):
     )
     def start(
         self,
-        most: int | None,
+        maximum: int | None,
         waiting: int | None,
         timeout: int | None,
         order: str,
@@ -148,7 +148,7 @@ class EveryOrder(RuleBasedStateMachine):
         self.clock = Clock()
         self.endings = Endings()
         self.limiter = Limiter(
-            most,
+            maximum,
             max_waiting=waiting,
             wait_timeout=timeout,
             order=order,
@@ -223,9 +223,9 @@ class EveryOrder(RuleBasedStateMachine):
             client.protocol.factory.limiter.admission.finish(client.protocol)
             client.protocol.factory.limiter.admission.depart(client.protocol)
 
-    @rule(most=ROOM)
-    def change_the_limit(self, most: int | None) -> None:
-        self.limiter.max_connections = most
+    @rule(maximum=ROOM)
+    def change_the_limit(self, maximum: int | None) -> None:
+        self.limiter.max_connections = maximum
 
     @rule(waiting=ROOM, timeout=st.one_of(st.none(), st.integers(1, 5)))
     def change_the_line(self, waiting: int | None, timeout: int | None) -> None:
@@ -256,10 +256,10 @@ class EveryOrder(RuleBasedStateMachine):
     def no_more_than_the_limit_are_active_unless_it_was_cut(self) -> None:
         if not hasattr(self, "limiter"):
             return
-        most = self.limiter.max_connections
+        maximum = self.limiter.max_connections
         # A cut ends nobody: what is active shrinks towards the limit, and never grows past it.
-        if most is not None and hasattr(self, "before"):
-            assert self.limiter.active <= max(most, self.before)
+        if maximum is not None and hasattr(self, "before"):
+            assert self.limiter.active <= max(maximum, self.before)
         self.before = self.limiter.active
         assert len(self.server.live) <= self.limiter.active
 
@@ -277,8 +277,8 @@ class EveryOrder(RuleBasedStateMachine):
     def no_slot_is_free_while_somebody_waits(self) -> None:
         if not hasattr(self, "limiter") or not self.limiter.waiting or self.limiter.max_rate is not None:
             return
-        most, cap = self.limiter.max_connections, self.limiter.max_per_peer
-        if most is not None and self.limiter.active >= most:
+        maximum, cap = self.limiter.max_connections, self.limiter.max_per_peer
+        if maximum is not None and self.limiter.active >= maximum:
             return
         assert cap is not None or self.by_port is not None
         active = [each for factory in self.factories for each in self.limiter.admission.active_for(factory)]

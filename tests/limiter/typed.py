@@ -45,6 +45,6 @@ limiter.order = "lifo"
 limiter.reconfigure(order="lifo", wait_timeout=3)
 limiter.reconfigure(**values)
 drained: Deferred[None] = limiter.drain(3)
-most: int | None = limiter.max_connections
+maximum: int | None = limiter.max_connections
 snapshot: Snapshot = limiter.snapshot()
 active: int = limiter.active + snapshot.active

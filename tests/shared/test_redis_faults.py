@@ -368,7 +368,7 @@ def test_nobody_is_served_above_the_limit_when_redis_forgets(
                 storm.start()  # somebody who knows nothing
                 time.sleep(2 * TTL)
                 storm.serves(50)
-            assert storm.slots / 2 <= storm.backend.most <= storm.slots
+            assert storm.slots / 2 <= storm.backend.maximum <= storm.slots
     finally:
         redis.stop()
 
@@ -386,7 +386,7 @@ def test_nobody_is_served_above_the_limit_when_another_redis_takes_over_and_the_
                 switch.to(redis)
                 time.sleep(random.uniform(0.5, 2 * TTL))
             storm.serves(50)
-            assert storm.slots / 2 <= storm.backend.most <= storm.slots
+            assert storm.slots / 2 <= storm.backend.maximum <= storm.slots
     finally:
         switch.stop()
         one.stop()
@@ -447,7 +447,7 @@ def test_who_has_slots_goes_on_while_redis_is_restarted(tmp_path: Path) -> None:
             redis.start(settle=False)
             storm.serves(200)
             assert storm.longest_gap(began) < 0.3
-            assert storm.slots / 2 <= storm.backend.most <= storm.slots
+            assert storm.slots / 2 <= storm.backend.maximum <= storm.slots
     finally:
         redis.stop()
 
@@ -462,7 +462,7 @@ def test_who_has_slots_goes_on_while_redis_hangs(tmp_path: Path) -> None:
             os.kill(redis.process.pid, signal.SIGCONT)
             storm.serves(100)
             assert storm.longest_gap(began) < 0.6
-            assert storm.backend.most <= storm.slots
+            assert storm.backend.maximum <= storm.slots
     finally:
         redis.stop()
 

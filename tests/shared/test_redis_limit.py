@@ -422,8 +422,8 @@ def test_four_processes_never_have_more_than_the_limit_whatever_happens_to_them(
         ended.set()
         for client in clients:
             client.join(PATIENCE)
-        assert backend.most <= slots
-        assert backend.most >= slots / 2
+        assert backend.maximum <= slots
+        assert backend.maximum >= slots / 2
         assert len(answered) > 500
     finally:
         ended.set()

@@ -48,14 +48,14 @@ class Counting:
     def __init__(self, server: Server, **settings: Any) -> None:
         self.limit = ThrottleLimit("A", f"http://127.0.0.1:{server.port}", **settings)
         self.limiter = Limiter(limits=[self.limit])
-        self.most = 0
+        self.maximum = 0
 
     async def __aenter__(self) -> Counting:
         counting = self
 
         class Counted(Protocol):
             def connectionMade(self) -> None:
-                counting.most = max(counting.most, counting.limiter.active)
+                counting.maximum = max(counting.maximum, counting.limiter.active)
 
             def dataReceived(self, data: bytes) -> None:
                 self.transport.write(data)
@@ -120,7 +120,7 @@ async def test_a_job_gets_its_turn_though_connections_wait_all_the_time(server: 
         stop.set()
         for each in visitors:
             await patiently(each)
-        assert counting.most <= 3
+        assert counting.maximum <= 3
     await until(lambda: server.ask("GET", "/remainder?semaphore=A") == (200, "3"))
 
 
@@ -134,7 +134,7 @@ async def test_everybody_is_served_and_never_more_than_there_are_slots(server: S
 
         for each in [deferToThread(visit) for _ in range(200)]:
             await patiently(each)
-        assert counting.most == 3
+        assert counting.maximum == 3
         assert counting.limiter.snapshot().served == 200
         await until(lambda: server.ask("GET", "/remainder?semaphore=A") == (200, "3"))
         await until(lambda: counting.limit.held == 0)

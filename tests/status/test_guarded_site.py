@@ -16,8 +16,8 @@ from twisted.web.server import NOT_DONE_YET, Request
 
 from connlimit._system import descriptors
 from connlimit.status.guarded_site import (
-    MOST,
-    MOST_PER_PEER,
+    MAX,
+    MAX_PER_PEER,
     READ_TIMEOUT,
     REQUEST_TIMEOUT,
     GuardedSite,
@@ -185,7 +185,7 @@ class SiteTests(SynchronousTestCase):
         self.assertEqual(self.page.asked, 0)
 
     def test_whoever_comes_takes_the_place_of_the_longest_idle(self) -> None:
-        clients = [self.connect() for _ in range(MOST)]
+        clients = [self.connect() for _ in range(MAX)]
         clients[0].protocol.dataReceived(GET)
         self.turns(3)
         self.connect()
@@ -193,10 +193,10 @@ class SiteTests(SynchronousTestCase):
 
     def test_one_that_is_being_answered_keeps_its_place(self) -> None:
         self.page.size = 0
-        clients = [self.connect() for _ in range(MOST)]
+        clients = [self.connect() for _ in range(MAX)]
         for client in clients:
             client.protocol.dataReceived(GET)
-        self.turns(MOST)
+        self.turns(MAX)
         self.assertTrue(self.connect().disconnecting)
         self.assertFalse(any(client.disconnecting for client in clients))
         clients[5].abortConnection()
@@ -205,14 +205,14 @@ class SiteTests(SynchronousTestCase):
     def test_one_peer_takes_its_own_places_and_not_those_of_loopback(self) -> None:
         near, other = self.connect(), self.connect("192.0.2.1")
         crowd = [self.connect("192.0.2.2") for _ in range(100)]
-        self.assertEqual(sum(not client.disconnecting for client in crowd), MOST_PER_PEER)
+        self.assertEqual(sum(not client.disconnecting for client in crowd), MAX_PER_PEER)
         self.assertFalse(near.disconnecting)
         self.assertFalse(other.disconnecting)
 
     def test_many_peers_take_the_places_of_one_another_only(self) -> None:
         near = self.connect(None)
         crowd = [self.connect(f"192.0.2.{number}") for number in range(200)]
-        self.assertEqual(sum(not client.disconnecting for client in crowd), MOST)
+        self.assertEqual(sum(not client.disconnecting for client in crowd), MAX)
         self.assertFalse(near.disconnecting)
         for client in crowd:
             if not client.disconnecting:
@@ -220,18 +220,18 @@ class SiteTests(SynchronousTestCase):
         self.assertEqual(self.site._peers, {})
 
     def test_the_only_connection_of_a_peer_makes_room_for_its_next(self) -> None:
-        crowd = [self.connect(f"192.0.2.{number}") for number in range(MOST)]
+        crowd = [self.connect(f"192.0.2.{number}") for number in range(MAX)]
         again = self.connect("192.0.2.0")
         self.assertTrue(crowd[0].disconnecting)
         again.abortConnection()
-        self.assertEqual(len(self.site._peers), MOST - 1)
+        self.assertEqual(len(self.site._peers), MAX - 1)
 
     def test_one_that_gives_way_and_does_not_read_is_ended(self) -> None:
         self.page.size = 60_000
         first = self.connect()
         first.protocol.dataReceived(GET)
         self.turns(3)
-        for _ in range(MOST):
+        for _ in range(MAX):
             self.connect()
         self.assertTrue(first.disconnecting)
         self.clock.advance(1)

@@ -39,7 +39,7 @@ from connlimit import Limiter, __version__
 from connlimit._limiter.slots import NullConnection
 from connlimit._listening.checked_endpoints import status_endpoint
 from connlimit.status import in_code, once, page, serve, top
-from connlimit.status.followers import MOST_FOLLOWERS
+from connlimit.status.followers import MAX_FOLLOWERS
 from connlimit.status.service import StatusService
 from connlimit.status.site import Root
 from connlimit.status.watch import Watch
@@ -286,12 +286,12 @@ def test_idle_clients_do_not_shut_health_out(server: Server) -> None:
 def test_only_so_many_follow_the_page_and_others_are_answered(server: Server) -> None:
     with ExitStack() as stack:
         statuses = []
-        for _ in range(MOST_FOLLOWERS + 4):
+        for _ in range(MAX_FOLLOWERS + 4):
             client = stack.enter_context(socket.create_connection(("127.0.0.1", server.status), PATIENCE))
             client.sendall(b"GET /events HTTP/1.1\r\nHost: localhost\r\n\r\n")
             statuses.append(client.recv(65536).split()[1])
         # A watcher of another test may not be known to have left yet.
-        assert MOST_FOLLOWERS - 2 <= statuses.count(b"200") <= MOST_FOLLOWERS
+        assert MAX_FOLLOWERS - 2 <= statuses.count(b"200") <= MAX_FOLLOWERS
         assert set(statuses) == {b"200", b"503"}
         assert server.ask("/health")[0] == server.ask("/status.json")[0] == 200
 
@@ -381,7 +381,7 @@ def test_thousands_who_wait_are_looked_at_in_turns() -> None:
     assert turns >= 5000 / 200
     (facts,) = json.loads(shown)["limiters"]
     assert [each["waiting"] for each in facts["peers"]] == [50] * 10
-    assert len(facts["line"]) == 50
+    assert len(facts["queue"]) == 50
 
 
 def shown_in_turns(service: StatusService, form: str) -> tuple[bytes, int]:
@@ -448,7 +448,7 @@ def test_headers_that_are_being_read_and_refusals_that_are_being_said_are_counte
     (tmp_path / "module.py").write_text(ECHO)
     with running("connlimit", "--config", "connlimit.toml", cwd=tmp_path) as program, ExitStack() as stack:
         program.wait_for("Site starting on")
-        program.wait_for("starting on [^S]*starting on ")
+        program.wait_for(r"\(PROXY\) starting on ")
         server = Server(program)
 
         def told() -> tuple[int, int]:
@@ -686,9 +686,9 @@ def test_limiters_that_come_and_go_are_followed() -> None:
 def test_a_changed_setting_is_shown_at_once() -> None:
     limiter = Limiter(1)
     service = StatusService(None, Limited(limiter), False, frozenset())
-    for most in (1, 5, 3):
-        limiter.max_connections = most
-        assert [each["max_connections"] for each in limiters(service, False)] == [most]
+    for maximum in (1, 5, 3):
+        limiter.max_connections = maximum
+        assert [each["max_connections"] for each in limiters(service, False)] == [maximum]
 
 
 def test_what_takes_long_to_make_is_made_seldom(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -94,7 +94,7 @@ class Backend:
     def __init__(self) -> None:
         self.listening = socket.create_server(("127.0.0.1", 0), backlog=1000)
         self.port = self.listening.getsockname()[1]
-        self.now = self.most = self.served = 0
+        self.now = self.maximum = self.served = 0
         self._lock = threading.Lock()
         threading.Thread(target=self._accept, daemon=True).start()
 
@@ -107,7 +107,7 @@ class Backend:
     def _serve(self, client: socket.socket) -> None:
         with self._lock:
             self.now += 1
-            self.most = max(self.most, self.now)
+            self.maximum = max(self.maximum, self.now)
         with suppress(OSError), client:
             time.sleep(0.005)
             while data := client.recv(1000):

@@ -110,7 +110,7 @@ class Relayed:
 
 @asynccontextmanager
 async def relayed(
-    most: int | None = None, backend_at: str = LOCAL, **options: object
+    maximum: int | None = None, backend_at: str = LOCAL, **options: object
 ) -> AsyncIterator[Relayed]:
     """
     A relay with so many slots, whose clients and backends end with the context.
@@ -119,7 +119,7 @@ async def relayed(
     port = await serverFromString(reactor, backend_at).listen(backend)
     host = port.getHost()
     target = f"tcp:127.0.0.1:{host.port}" if hasattr(host, "port") else f"unix:{host.name.decode()}"
-    limiter = Limiter(most)
+    limiter = Limiter(maximum)
     relay = RelayFactory(clientFromString(reactor, target), target, RelayOptions(**options))
     async with listening(limiter, server=relay) as (_, where):
         try:

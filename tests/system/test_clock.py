@@ -255,7 +255,7 @@ class FakeKqueue:
     def fileno(self) -> int:
         return self.reader
 
-    def control(self, changes: list[object] | None, most: int, timeout: int) -> list[object]:
+    def control(self, changes: list[object] | None, maximum: int, timeout: int) -> list[object]:
         if changes:
             self.set += changes
             os.write(self.writer, b".")

@@ -42,7 +42,7 @@ class Backend:
     """
 
     def __init__(self) -> None:
-        self.now = self.most = 0
+        self.now = self.maximum = 0
         self._server = socket.create_server(("127.0.0.1", 0), backlog=1000)
         self.port = self._server.getsockname()[1]
         self._lock = threading.Lock()
@@ -59,7 +59,7 @@ class Backend:
     def _serve(self, connection: socket.socket) -> None:
         with self._lock:
             self.now += 1
-            self.most = max(self.most, self.now)
+            self.maximum = max(self.maximum, self.now)
         with connection:
             while data := connection.recv(1000):
                 connection.sendall(data)
@@ -121,7 +121,7 @@ def test_a_raised_limit_serves_those_who_wait_as_far_as_the_backends_descriptors
         for client in clients[: len(clients) - refused]:
             assert echoes(client)
             client.close()
-        assert 10 < backend.most <= 100
+        assert 10 < backend.maximum <= 100
         assert program.terminate() == 0
         assert "cannot be reached" not in program.output
         assert "Too many open files" not in program.output

@@ -17,7 +17,7 @@ from support.programs import failing, running, twistd_command
 
 from connlimit import refusals
 from connlimit._limiter.settings import Settings
-from connlimit._system.files import MOST_BYTES
+from connlimit._system.files import MAX_BYTES
 from connlimit._twistd.config import Config, LimiterConfig, ServiceConfig, Spelling, StatusConfig
 from connlimit._twistd.config_file import read
 from connlimit._twistd.services.parts import check
@@ -244,7 +244,7 @@ def test_what_is_no_regular_file_or_too_large_is_refused_at_once(tmp_path: Path)
     for path in (tmp_path / "fifo", Path(os.devnull)):
         with pytest.raises(ConfigError, match="the file cannot be read: it is not a regular file"):
             read(path)
-    (tmp_path / "large").write_bytes(b"#" * (MOST_BYTES + 1))
+    (tmp_path / "large").write_bytes(b"#" * (MAX_BYTES + 1))
     with pytest.raises(ConfigError, match="the file cannot be read: it has more than 1048576 bytes"):
         read(tmp_path / "large")
 

@@ -15,7 +15,7 @@ from connlimit._system import sockets
 QUIET = 5.0
 
 #: Seconds that closing may take in all, however much moves.
-MOST = 30.0
+MAX = 30.0
 
 _LOOKS = 4  # within the time in which something must move
 
@@ -31,12 +31,12 @@ class Patience:
         clock: IReactorTime,
         give_up: Callable[[], None],
         quiet: float,
-        most: float,
+        maximum: float,
         pause: Callable[[], None] | None = None,
     ) -> None:
         """
         :param transport: that of the connection.
-        :param give_up: called when nothing has moved for *quiet* seconds, or after *most* seconds.
+        :param give_up: called when nothing has moved for *quiet* seconds, or after *maximum* seconds.
         :param pause: called each time that nothing has moved for a part of *quiet*.
         """
         self._transport = transport
@@ -44,7 +44,7 @@ class Patience:
         self._give_up = give_up
         self._quiet = quiet
         self._began = self._moved = clock.seconds()
-        self._most = most
+        self._maximum = maximum
         self._pause = pause
         self._state = sockets.progress(transport)
         self._timer: IDelayedCall | None = clock.callLater(quiet / _LOOKS, self._look)
@@ -61,7 +61,7 @@ class Patience:
         now, state = self._clock.seconds(), sockets.progress(self._transport)
         if state != self._state:
             self._state, self._moved = state, now
-        if now - self._moved >= self._quiet or now - self._began >= self._most:
+        if now - self._moved >= self._quiet or now - self._began >= self._maximum:
             self._timer = None
             self._give_up()
             return

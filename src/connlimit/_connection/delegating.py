@@ -18,7 +18,7 @@ from twisted.python.failure import Failure
 from zope.interface import Interface, implementer
 
 from connlimit._connection.at_rest import close, is_at_rest, is_producing
-from connlimit._connection.closing import MOST, QUIET, Patience
+from connlimit._connection.closing import MAX, QUIET, Patience
 from connlimit._connection.names import class_called, log_prefix
 from connlimit._limiter.admission import Admission
 from connlimit._system import descriptors, sockets
@@ -200,7 +200,7 @@ class DelegatingProtocol:  # type: ignore[misc]  # connectionMade is for makeCon
             return
         give_up = partial(self._give_up, gave_up)
         self.closing = Patience(
-            self.transport, self.factory.admission.clock, give_up, QUIET, MOST, self._lose_connection
+            self.transport, self.factory.admission.clock, give_up, QUIET, MAX, self._lose_connection
         )
         try:
             if is_producing(self.wrappedProtocol, self.transport):

@@ -20,7 +20,7 @@ from connlimit._limiter.peers import UNIXPeer
 from connlimit._system import sockets
 
 #: How many pieces are kept that a transport delivers although it is paused.
-_MOST_KEPT = 64
+_MAX_KEPT = 64
 
 
 class _Addressless(DelegatingProtocol):
@@ -74,7 +74,7 @@ class WaitingProtocol:  # type: ignore[misc]  # connectionMade is for makeConnec
     def dataReceived(self, data: bytes) -> None:
         # Seldom, and never more than twice: what TLS had decrypted already.
         self.kept += (data,)
-        if len(self.kept) > _MOST_KEPT:
+        if len(self.kept) > _MAX_KEPT:
             self.connection.factory.connection_log.warn(
                 "{transport} delivers without end while it is paused; ended",
                 transport=self.connection.transport,

@@ -168,7 +168,7 @@ class Admission:
         "_log",
         "_looks_again",
         "_lost",
-        "_most",
+        "_maximum",
         "_on_collection",
         "_order",
         "_ports",
@@ -233,7 +233,7 @@ class Admission:
             slots.on_collection,
         )
         self._order, self._returned = self.queue.order, self.queue.returned
-        self._most, self._further = self.limits.most - slots.extra, self.limits.further
+        self._maximum, self._further = self.limits.maximum - slots.extra, self.limits.further
 
     def subscribe(self) -> None:
         """
@@ -256,7 +256,7 @@ class Admission:
         if self._is_exempt is not None and self._serve_exempt(connection):
             return True
         if (
-            len(self._active) - len(self._exempt) >= self._most
+            len(self._active) - len(self._exempt) >= self._maximum
             or self._order
             or self._returned
             or self.is_draining
@@ -321,10 +321,10 @@ class Admission:
         slots, extra = self.slots, weight - 1
         # What it needs besides one slot is set aside while it is asked whether it gets that.
         slots.extra += extra
-        self._most = self.limits.most - slots.extra
+        self._maximum = self.limits.maximum - slots.extra
         is_served = self.serve_at_once(occupant)
         slots.extra -= extra
-        self._most = self.limits.most - slots.extra
+        self._maximum = self.limits.maximum - slots.extra
         if is_served and occupant.slot is not None and occupant.slot not in slots.exempt:
             self._weigh(occupant.slot, extra)
         elif is_served:
@@ -424,7 +424,7 @@ class Admission:
         """
         return (
             not (self._order or self._returned or self.is_draining)
-            and self.slots.taken < self.limits.most
+            and self.slots.taken < self.limits.maximum
             and self.budget.may_serve()
         )
 
@@ -436,8 +436,8 @@ class Admission:
             return False
         if self.has_room():
             return True
-        most = self.settings.max_waiting
-        return (most is None or len(self.queue) < most) and self._has_descriptors()
+        maximum = self.settings.max_waiting
+        return (maximum is None or len(self.queue) < maximum) and self._has_descriptors()
 
     def active_for(self, factory: object) -> list[Any]:
         """
@@ -592,14 +592,14 @@ class Admission:
         In a frame of its own: a traceback from below, if somebody keeps it, keeps the connection that
         failed and not one that was served later.
         """
-        if len(self._active) - len(self._exempt) >= self._most or (
+        if len(self._active) - len(self._exempt) >= self._maximum or (
             self.budget.opens and not self.budget.may_serve()
         ):
             return False
         now = self.clock.seconds()
         connection = self.queue.next(now)
         extra = self._weights.get(connection, 0) if self._weights else 0
-        if extra and self.slots.taken + extra >= self.limits.most:
+        if extra and self.slots.taken + extra >= self.limits.maximum:
             return self._let_pass_heavy(connection, extra)
         if self._further is not None and not self._further.try_acquire(connection):
             return self._let_others_pass(connection)
@@ -621,7 +621,7 @@ class Admission:
 
         :return: whether it was.
         """
-        if extra >= self.limits.most:
+        if extra >= self.limits.maximum:
             self.refuse(occupant, FULL)
             return True
         return self._let_others_pass(occupant, was_asked=False)
@@ -632,14 +632,14 @@ class Admission:
         """
         self.slots.heavy[slot] = extra
         self.slots.extra += extra
-        self._most = self.limits.most - self.slots.extra
+        self._maximum = self.limits.maximum - self.slots.extra
 
     def _lighten(self, slot: ref[IOccupant]) -> None:
         """
         One that is over gives back what it took besides its slot.
         """
         self.slots.extra -= self.slots.heavy.pop(slot, 0)
-        self._most = self.limits.most - self.slots.extra
+        self._maximum = self.limits.maximum - self.slots.extra
 
     def _let_others_pass(self, connection: IOccupant, was_asked: bool = True) -> bool:
         """
@@ -727,8 +727,8 @@ class Admission:
             return PEER
         if self.limits.refusing and self.limits.is_waiting_useless():
             return FULL
-        most = settings.max_waiting
-        if most is not None and len(self.queue) >= most:
+        maximum = settings.max_waiting
+        if maximum is not None and len(self.queue) >= maximum:
             return FULL
         # Only of a connection a descriptor is held while it waits.
         if not self._has_descriptors() and IConnection.providedBy(connection):
@@ -739,7 +739,7 @@ class Admission:
         """
         Whether one more may wait, as far as the process's descriptors allow.
         """
-        return self.budget.may_wait(max(0.0, self.limits.most - self.slots.count()))
+        return self.budget.may_wait(max(0.0, self.limits.maximum - self.slots.count()))
 
     def _refuse(self, connection: IOccupant, reason: str) -> None:
         self._count_refused(connection, reason)
@@ -790,10 +790,10 @@ class Admission:
         slots, limits = self.slots, self.limits
         below = self.queue.aside()
         ready = self.queue.ready
-        if slots.taken < limits.most and self.budget.may_serve() and limits.lacks_rate():
+        if slots.taken < limits.maximum and self.budget.may_serve() and limits.lacks_rate():
             ready = 0  # slots are there
-        if ready and limits.most < math.inf:
-            ready += max(0, slots.taken - int(limits.most))
+        if ready and limits.maximum < math.inf:
+            ready += max(0, slots.taken - int(limits.maximum))
         soon = limits.rate_within(AUDIT_INTERVAL)
         if soon is not None:
             ready = min(ready, soon)

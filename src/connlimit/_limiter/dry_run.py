@@ -149,12 +149,12 @@ class DryRun(LimiterObserver):
         self._log.info(
             "{limiter}: dry run: of {accepted} connections, {waited} would have waited"
             " ({mean_wait:.3f} s in the mean), {departed} would have ended before their turn,"
-            " {refused} would have been refused; at most {most} were active at once",
+            " {refused} would have been refused; at most {maximum} were active at once",
             limiter=self._limiter.settings.name,
             accepted=would.accepted,
             waited=would.waits + would.waiting + would.departed,
             mean_wait=would.wait_seconds / would.waits if would.waits else 0.0,
             departed=would.departed,
             refused=sum(would.refused.values()),
-            most=max(self._found_active) + 1,
+            maximum=max(self._found_active) + 1,
         )

@@ -24,7 +24,7 @@ SETTINGS = frozenset({"max_connections", "max_per_peer", "peer_prefix", "max_rat
 _UNKNOWN = object()
 
 #: How much of a limit's name is logged.
-_MOST_NAMED = 100
+_MAX_NAMED = 100
 
 
 class EffectiveLimits:
@@ -36,7 +36,7 @@ class EffectiveLimits:
     next audit.
 
     :ivar given: the further limits.
-    :ivar most: how many connections ``max_connections`` lets be served at once.
+    :ivar maximum: how many connections ``max_connections`` lets be served at once.
     :ivar further: all the others as one; None if there are none.
     :ivar refusing: those that can say that waiting is useless.
     :ivar peer: what tells the peer of an address.
@@ -53,7 +53,7 @@ class EffectiveLimits:
         "_rate",
         "further",
         "given",
-        "most",
+        "maximum",
         "peer",
         "refusing",
     )
@@ -70,7 +70,7 @@ class EffectiveLimits:
         :param has_room_again: called when the rate allows one more.
         """
         self.given = tuple(given)
-        self.most = math.inf
+        self.maximum = math.inf
         self.further: All | None = None
         self.peer = peer_key(settings.peer_prefix)
         self._clock = clock
@@ -100,7 +100,7 @@ class EffectiveLimits:
         """
         dry = settings.dry_run
         self.peer = peer
-        self.most = math.inf if dry or settings.max_connections is None else settings.max_connections
+        self.maximum = math.inf if dry or settings.max_connections is None else settings.max_connections
         if settings.max_per_peer is None or dry:
             self._peers = None
         elif self._peers is None or "peer_prefix" in changed:
@@ -241,7 +241,7 @@ class EffectiveLimits:
         :param active: how many connections are active.
         :param connection: one that does, if one is known.
         """
-        if taken >= self.most:
+        if taken >= self.maximum:
             return f"max_connections is {settings.max_connections}"
         keys: Collection[Any] = queue.lacking()
         if keys and not queue.order:
@@ -273,7 +273,7 @@ def _named(limit: ILimit) -> str:
     kind = type(limit)
     try:
         if kind.__repr__ is not object.__repr__:
-            return repr(limit)[:_MOST_NAMED]
+            return repr(limit)[:_MAX_NAMED]
         name = getattr(limit, "name", None)
     except Exception:  # it is whatever a user has written
         return kind.__name__
@@ -281,4 +281,4 @@ def _named(limit: ILimit) -> str:
 
 
 def _short(thing: object) -> str:
-    return str(thing)[:_MOST_NAMED]
+    return str(thing)[:_MAX_NAMED]

@@ -275,9 +275,9 @@ class Limiter:
             return "descriptors run short"
         if reason == PEER and connection is not None:
             return limits.peer_in_words(settings, connection)
-        taken, queue, most = self.admission.slots.taken, self.admission.queue, settings.max_waiting
+        taken, queue, maximum = self.admission.slots.taken, self.admission.queue, settings.max_waiting
         words = limits.in_words(settings, taken, self.active, queue, connection)
-        return words if most is None or len(queue) < most else f"{words}, max_waiting is {most}"
+        return words if maximum is None or len(queue) < maximum else f"{words}, max_waiting is {maximum}"
 
     # Work of any kind
 
@@ -296,13 +296,13 @@ class Limiter:
         :raises ValueError: for a wrong value, such as a weight of more than ``max_connections``.
         """
         if type(weight) is not int or weight != 1:
-            most = self.admission.limits.most
+            maximum = self.admission.limits.maximum
             if type(weight) is not int:
                 raise TypeError(f"weight must be a whole number, not {weight!r}")
             if weight < 1:
                 raise ValueError(f"weight must be at least 1, not {weight}")
-            if 0 < most < weight:
-                raise ValueError(f"weight must be at most max_connections, which is {most}, not {weight}")
+            if 0 < maximum < weight:
+                raise ValueError(f"weight must be at most max_connections, which is {maximum}, not {weight}")
         if timeout is not None:
             if not isinstance(timeout, (int, float)):
                 raise TypeError(f"timeout must be a number of seconds, not {timeout!r}")

@@ -108,13 +108,13 @@ def busiest(
         waits.update(peer(each.address) for each in waiting[start : start + _STEP])
         yield
     peers = list(served.keys() | waits.keys())
-    most: list[Hashable] = []
+    busiest: list[Hashable] = []
     for start in range(0, len(peers), _STEP):
-        most = nlargest(
-            count, most + peers[start : start + _STEP], key=lambda each: served[each] + waits[each]
+        busiest = nlargest(
+            count, busiest + peers[start : start + _STEP], key=lambda each: served[each] + waits[each]
         )
         yield
-    return [(each, served[each], waits[each]) for each in most]
+    return [(each, served[each], waits[each]) for each in busiest]
 
 
 def exhausted(generator: Generator[Any, Any, T]) -> T:

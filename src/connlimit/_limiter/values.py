@@ -164,12 +164,16 @@ def _number(types: type | tuple[type, ...], fits: Callable[[Any], bool]) -> Call
     return convert
 
 
-def whole_number(least: int, most: int | None = None) -> Kind:
+def whole_number(minimum: int, maximum: int | None = None) -> Kind:
     """
     Whole numbers.
     """
-    right = f"a whole number, {least} or more" if most is None else f"a whole number from {least} to {most}"
-    convert = _number(int, lambda value: value >= least and (most is None or value <= most))
+    right = (
+        f"a whole number, {minimum} or more"
+        if maximum is None
+        else f"a whole number from {minimum} to {maximum}"
+    )
+    convert = _number(int, lambda value: value >= minimum and (maximum is None or value <= maximum))
     return Kind(right, right, convert, int)
 
 
@@ -177,22 +181,22 @@ def _above_zero(value: object) -> bool:
     return is_seconds(value) and value != 0
 
 
-def duration(least: float = 0.0, most: float = math.inf) -> Kind:
+def duration(minimum: float = 0.0, maximum: float = math.inf) -> Kind:
     """
     Durations: seconds in code, and texts such as ``30``, ``500ms``, ``5min`` or ``2h 30min``.
     """
     such_as = "such as 30, 500ms, 30s or 5min"
-    convert = _number((int, float), lambda value: is_seconds(value, least) and value <= most)
-    if most < math.inf:
+    convert = _number((int, float), lambda value: is_seconds(value, minimum) and value <= maximum)
+    if maximum < math.inf:
         in_code, in_text = (
-            f"a number of seconds from {least:g} to {most:g}",
-            f"a time from {least:g} to {most:g} seconds, {such_as}",
+            f"a number of seconds from {minimum:g} to {maximum:g}",
+            f"a time from {minimum:g} to {maximum:g} seconds, {such_as}",
         )
     else:
-        unit = "" if not least else " second" if least == 1 else " seconds"
+        unit = "" if not minimum else " second" if minimum == 1 else " seconds"
         in_code, in_text = (
-            f"a number of seconds, {least:g} or more",
-            f"a time of {least:g}{unit} or more, {such_as}",
+            f"a number of seconds, {minimum:g} or more",
+            f"a time of {minimum:g}{unit} or more, {such_as}",
         )
     return Kind(in_code, in_text, convert, seconds)
 

@@ -25,7 +25,7 @@ from connlimit._listening.proxy_header import server_from_string
 # More than any kernel holds: it takes its own maximum (somaxconn) instead.
 _BACKLOG = 65535
 
-_MOST_PORT = 65535
+_MAX_PORT = 65535
 _LONGEST_PATH = 107  # bytes (unix(7))
 
 
@@ -96,8 +96,8 @@ def check_endpoint(endpoint: Any, lowest_port: int = 0) -> None:
     """
     for each in nested(endpoint):
         port, backlog = getattr(each, "_port", None), getattr(each, "_backlog", None)
-        if isinstance(port, int) and not lowest_port <= port <= _MOST_PORT:
-            raise ValueError(f"a port must be from {lowest_port} to {_MOST_PORT}, not {port}")
+        if isinstance(port, int) and not lowest_port <= port <= _MAX_PORT:
+            raise ValueError(f"a port must be from {lowest_port} to {_MAX_PORT}, not {port}")
         if isinstance(backlog, int) and not 0 <= backlog < 2**31:
             raise ValueError(f"the backlog must be 0 or more, and not {backlog}")
         if "" in (getattr(each, "_host", None), getattr(each, "_hostText", None)):

@@ -37,7 +37,7 @@ PREFIX = "connlimit"
 TURNS = f"{PREFIX}:turns:"
 
 #: How many questions are under way at the same time, at most.
-_MOST_ASKED = 64
+_MAX_ASKED = 64
 
 #: Seconds until a question is slow, and each who has asked is told so.
 _SLOW = 0.25
@@ -230,7 +230,7 @@ class Link:
     # Questions
 
     def _send(self) -> None:
-        while self._waiting and len(self._asked) < _MOST_ASKED:
+        while self._waiting and len(self._asked) < _MAX_ASKED:
             asker = self._waiting.popleft()
             try:
                 question = asker.question(self.connection)

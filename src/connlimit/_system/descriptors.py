@@ -113,8 +113,8 @@ def saw(number: int) -> None:
     """
     global _last_seen
     _last_seen = number
-    most = _known_limit()
-    _set_short(most is not None and number >= most - reserve(most))
+    maximum = _known_limit()
+    _set_short(maximum is not None and number >= maximum - reserve(maximum))
 
 
 def _set_short(short: bool) -> None:
@@ -133,17 +133,17 @@ def left_for_serving(opens: int = 0) -> bool:
     """
     if not is_short and not opens:
         return True
-    most = _known_limit()
-    if most is None:
+    maximum = _known_limit()
+    if maximum is None:
         return True
     global _last_seen
-    end = most - _SHARES_BEYOND_SERVING * share(most)
+    end = maximum - _SHARES_BEYOND_SERVING * share(maximum)
     needed = _opening + opens if opens else 0
-    free = _lowest_free(most)
+    free = _lowest_free(maximum)
     if free + needed > end:
         return False
     _last_seen = free - 1 + needed  # with what is about to be opened
-    if _opening <= share(most):
+    if _opening <= share(maximum):
         return True
     # The lowest free number is below all that is free, but what is above it may be taken already.
     taken = count()
@@ -157,14 +157,14 @@ def left_for_waiting(kept: float = 0) -> bool:
     :param kept: how many descriptors outside the reserve are kept free for what is opened when it is served;
         no more than half of them are.
     """
-    most = _known_limit()
-    if most is None or not (is_short or kept):
+    maximum = _known_limit()
+    if maximum is None or not (is_short or kept):
         return True
-    end = most - reserve(most)
+    end = maximum - reserve(maximum)
     end -= int(min(kept, end // 2))
     if not is_short and _hears_all and _last_seen is not None and _last_seen + 1 < end:
         return True
-    return _lowest_free(most) < end
+    return _lowest_free(maximum) < end
 
 
 def left_in_reserve() -> bool:
@@ -173,8 +173,8 @@ def left_in_reserve() -> bool:
     """
     if not is_short:
         return True
-    most = _known_limit()
-    return most is None or _lowest_free(most) < most - share(most)
+    maximum = _known_limit()
+    return maximum is None or _lowest_free(maximum) < maximum - share(maximum)
 
 
 def may_be_accepted() -> bool:
@@ -182,8 +182,8 @@ def may_be_accepted() -> bool:
     Whether a connection that was just accepted may keep its descriptor: not if that is of the last share.
     Looks at the table, since those that make room for others have their descriptors for a while.
     """
-    most = _known_limit()
-    return most is None or _lowest_free(most) <= most - share(most)
+    maximum = _known_limit()
+    return maximum is None or _lowest_free(maximum) <= maximum - share(maximum)
 
 
 class Share:
@@ -201,12 +201,12 @@ class Share:
         """
         Whether it may take one more.
         """
-        most = limit()
-        if most is None:
+        maximum = limit()
+        if maximum is None:
             return self.taken < 1000
-        if self.taken < share(most):
+        if self.taken < share(maximum):
             return left_in_reserve()
-        return not is_short and self.taken < min(most // 8, 1000)
+        return not is_short and self.taken < min(maximum // 8, 1000)
 
 
 #: Refusals that are being said, and connections whose PROXY header is being read.
@@ -319,13 +319,13 @@ def _known_limit() -> int | None:
     The limit; which numbers are to be told is known afterwards.
     """
     global told_from
-    most = limit()
+    maximum = limit()
     if not _hears_all:
-        told_from = sys.maxsize if most is None else most - reserve(most)
-    return most
+        told_from = sys.maxsize if maximum is None else maximum - reserve(maximum)
+    return maximum
 
 
-def _lowest_free(most: int) -> int:
+def _lowest_free(maximum: int) -> int:
     """
     The number that the next descriptor gets; the limit if there is none left.
     """
@@ -334,9 +334,9 @@ def _lowest_free(most: int) -> int:
         with socket.socket() as probe:
             number = probe.fileno()
     except OSError:
-        number = most
+        number = maximum
     _last_seen = number - 1
-    _set_short(number >= most - reserve(most))
+    _set_short(number >= maximum - reserve(maximum))
     return number
 
 

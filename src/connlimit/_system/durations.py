@@ -35,7 +35,7 @@ _PART = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([a-zA-Zµ]+)\s*", re.ASCII)
 
 _NUMBER = re.compile(r"[-+]?[0-9]*\.?[0-9]*", re.ASCII)
 
-_MOST_CHARACTERS = 100
+_MAX_CHARACTERS = 100
 
 
 def seconds(text: str) -> float:
@@ -47,19 +47,19 @@ def seconds(text: str) -> float:
     text = text.strip()
     if _NUMBER.fullmatch(text) and any(map(str.isdecimal, text)):
         return float(text)
-    value = _seconds(text) if len(text) <= _MOST_CHARACTERS else None
+    value = _seconds(text) if len(text) <= _MAX_CHARACTERS else None
     if value is None:
         raise ValueError(f"{_short(text)} is no duration")
     return value
 
 
-def is_seconds(value: object, least: float = 0.0) -> bool:
+def is_seconds(value: object, minimum: float = 0.0) -> bool:
     """
     Whether a value is a number of seconds, as it is given in code.
     """
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return False
-    return least <= value <= sys.float_info.max
+    return minimum <= value <= sys.float_info.max
 
 
 def duration(name: str, text: object) -> float:
@@ -69,7 +69,7 @@ def duration(name: str, text: object) -> float:
     :param name: what it is the value of.
     :raises ValueError: if it stands for none, or for more than `LONGEST`.
     """
-    seconds = _seconds(text) if isinstance(text, str) and len(text) <= _MOST_CHARACTERS else None
+    seconds = _seconds(text) if isinstance(text, str) and len(text) <= _MAX_CHARACTERS else None
     if seconds is None:
         raise ValueError(f"{name} must be a duration such as 300ms, 5min or 2h 30min, not {_short(text)}")
     if seconds > LONGEST:
@@ -96,4 +96,4 @@ def _seconds(text: str) -> float | None:
 
 def _short(value: object) -> str:
     text = repr(value)
-    return text if len(text) <= _MOST_CHARACTERS else f"{text[:_MOST_CHARACTERS]}…"
+    return text if len(text) <= _MAX_CHARACTERS else f"{text[:_MAX_CHARACTERS]}…"

@@ -10,7 +10,7 @@ import stat
 from pathlib import Path
 
 #: More bytes than any file that is meant has.
-MOST_BYTES = 1 << 20
+MAX_BYTES = 1 << 20
 
 
 def contents(path: Path) -> bytes:
@@ -22,9 +22,9 @@ def contents(path: Path) -> bytes:
     :raises OSError: if it cannot be read, is no regular file, or is too large; ``strerror`` says which.
     """
     with open(path, "rb", opener=_open) as file:
-        data = file.read(MOST_BYTES + 1)
-    if len(data) > MOST_BYTES:
-        raise OSError(errno.EFBIG, f"it has more than {MOST_BYTES} bytes")
+        data = file.read(MAX_BYTES + 1)
+    if len(data) > MAX_BYTES:
+        raise OSError(errno.EFBIG, f"it has more than {MAX_BYTES} bytes")
     return data
 
 

@@ -14,8 +14,8 @@ from connlimit._limiter.values import duration, shown, whole_number
 from connlimit._twistd.targets.relay_options import RelayOptions
 
 #: How many processes can serve; more are a slip.
-MOST_PROCESSES = 1024
-PROCESSES = whole_number(1, MOST_PROCESSES)
+MAX_PROCESSES = 1024
+PROCESSES = whole_number(1, MAX_PROCESSES)
 
 #: How long the connections that are served may take to end.
 DRAIN_TIMEOUT = duration()

@@ -198,8 +198,8 @@ def summary(limiter: ILimiter) -> str:
     """
     One phrase on what a limiter does now.
     """
-    most = limiter.settings.max_connections
-    served = f"{limiter.active}/{'any' if most is None else most} served"
+    maximum = limiter.settings.max_connections
+    served = f"{limiter.active}/{'any' if maximum is None else maximum} served"
     return f"{limiter.name}: {served}, {limiter.waiting} waiting"
 
 

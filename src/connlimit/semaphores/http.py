@@ -30,7 +30,7 @@ from zope.interface import implementer
 PATIENCE = 10.0
 
 #: Bytes that an answer may have, with its head: those of such a server have some hundreds.
-_MOST = 64 * 1024
+_MAX = 64 * 1024
 
 
 class SemaphoreError(Exception):
@@ -258,7 +258,7 @@ class _Counting(ProtocolWrapper):
 
     def dataReceived(self, data: bytes) -> None:
         self._count += len(data)
-        if self._count > _MOST:
+        if self._count > _MAX:
             self.transport.abortConnection()
         else:
             super().dataReceived(data)

@@ -64,15 +64,15 @@ local wall = time[1] * 1000 + math.floor(time[2] / 1000)
 local now = wall
 if about then
   now = wall + about.offset
-  local most = now
+  local latest = now
   if mine and question.age >= 0 then
-    most = mine.asked + question.age + slack
+    latest = mine.asked + question.age + slack
   else
     for member, record in pairs(members) do
-      if record.ends <= now and listeners(turns_of(member)) > 0 then most = about.last + slack end
+      if record.ends <= now and listeners(turns_of(member)) > 0 then latest = about.last + slack end
     end
   end
-  now = math.max(about.last, math.min(now, most))
+  now = math.max(about.last, math.min(now, latest))
 end
 
 for member, record in pairs(members) do

@@ -64,10 +64,10 @@ _IDLE = 60.0
 _AWAY = 1.0
 
 #: How many slots a busy process takes beyond those it needs, at most.
-_MOST_SPARE = 64
+_MAX_SPARE = 64
 
 #: How many questions a second one process asks in order to find out whether others lack slots, at most.
-_MOST_POLLS = 200
+_MAX_POLLS = 200
 
 _SCRIPT = Path(__file__).with_name("lease.lua").read_text()
 
@@ -220,7 +220,7 @@ class RedisLimit:
             return True
         if not self._short:
             self._short = True
-            self._spare = min(max(1, self._spare * 2), _MOST_SPARE)
+            self._spare = min(max(1, self._spare * 2), _MAX_SPARE)
             if not self._queued and not self._is_away:
                 self._ask_soon(0)
             elif self._is_away and self._local:
@@ -396,8 +396,8 @@ class RedisLimit:
         :param guarded: seconds until it gives new slots again.
         """
         # The answer is to be there before the lease ends.
-        most = max(0.0, self._ends - since_boot() - 1.5 * self._link.round_trip)
-        heartbeat = min(self._ttl / 3 * random.uniform(0.9, 1), most)
+        maximum = max(0.0, self._ends - since_boot() - 1.5 * self._link.round_trip)
+        heartbeat = min(self._ttl / 3 * random.uniform(0.9, 1), maximum)
         if guarded:
             return min(heartbeat, guarded + 0.005)
         if self._short:
@@ -406,7 +406,7 @@ class RedisLimit:
             pause = asked_for if asked_for <= _POLL else asked_for * random.uniform(0.5, 1)
             return min(heartbeat, pause) if self.held else pause
         if self.held > self.in_use:
-            return min(heartbeat, max(_POLL, self._link.askers / _MOST_POLLS))
+            return min(heartbeat, max(_POLL, self._link.askers / _MAX_POLLS))
         if self.held:
             return heartbeat
         self._peak = self._spare = 0

@@ -20,7 +20,7 @@ from connlimit.interfaces import ILimit, IOccupant
 from connlimit.semaphores import Lock, SemaphoreError, Semaphores
 
 #: How many locks are asked for at the same time, at most.
-_MOST_ASKED = 16
+_MAX_ASKED = 16
 
 #: A lock that is held for these seconds is given back, though somebody here waits: others get their turn.
 _TURN = 1.0
@@ -72,7 +72,7 @@ class ThrottleLimit:
         self._free: list[_Slot] = []
         self._asked: set[Deferred[Any]] = set()
         # How many locks may be asked for at once: more as long as all that come are used.
-        self._most = 1
+        self._maximum = 1
         self._is_refused = False
         self._timer: IDelayedCall | None = None
         self._closed = False
@@ -102,7 +102,7 @@ class ThrottleLimit:
                 self._in_use.append(slot)
                 return True
             self._release(slot)
-        while len(self._asked) < self._most and not self._closed:
+        while len(self._asked) < self._maximum and not self._closed:
             self._ask()
         return False
 
@@ -130,7 +130,7 @@ class ThrottleLimit:
             self._free.append(slot)
             self._tell()
             is_used = slot not in self._free
-            self._most = min(2 * self._most, _MOST_ASKED) if is_used else 1
+            self._maximum = min(2 * self._maximum, _MAX_ASKED) if is_used else 1
             self._give_back(slot)
         elif not result.check(CancelledError):
             self._refused(result)

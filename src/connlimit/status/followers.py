@@ -15,14 +15,14 @@ from twisted.web.server import Request
 from zope.interface import implementer
 
 from connlimit._limiter.peers import peer_key
-from connlimit.status.guarded_site import MOST, is_near
+from connlimit.status.guarded_site import MAX, is_near
 
 #: How many may follow the page from loopback, and as many from elsewhere; and how many of one peer elsewhere.
-MOST_FOLLOWERS = MOST // 2
-MOST_FOLLOWERS_OF_A_PEER = 4
+MAX_FOLLOWERS = MAX // 2
+MAX_FOLLOWERS_OF_A_PEER = 4
 
 #: A follower that has not read this number of events is given up.
-_MOST_PAUSED = 10
+_MAX_PAUSED = 10
 
 
 class Followers:
@@ -50,7 +50,7 @@ class Followers:
         near, peer = is_near(address), _peer(address)
         its = [follower for follower in self._all if follower.near == near]
         its_peers = [follower for follower in its if follower.peer == peer]
-        if len(its) >= MOST_FOLLOWERS or (not near and len(its_peers) >= MOST_FOLLOWERS_OF_A_PEER):
+        if len(its) >= MAX_FOLLOWERS or (not near and len(its_peers) >= MAX_FOLLOWERS_OF_A_PEER):
             return False
         self._send([_Follower(request, self._all, with_peers, near, peer)])
         return True
@@ -107,7 +107,7 @@ class _Follower:
             self._request.write(event)
             return
         self._paused += 1
-        if self._paused > _MOST_PAUSED:
+        if self._paused > _MAX_PAUSED:
             transport: Any = self._request.transport
             transport.abortConnection()
 

@@ -32,8 +32,8 @@ _LAST_WORDS = 1
 
 #: How many connections there are at most: from loopback, and from elsewhere; and from one peer elsewhere. All
 #: together they take no more than their share of the descriptors.
-MOST = 64
-MOST_PER_PEER = 16
+MAX = 64
+MAX_PER_PEER = 16
 
 
 class GuardedSite(Site):
@@ -117,16 +117,16 @@ class GuardedSite(Site):
         :return: the pools it is in; none if all others are being answered.
         """
         address = channel.transport.getPeer()
-        most = MOST
+        maximum = MAX
         allowed = descriptors.limit()
         if allowed is not None:
-            most = min(most, max(1, descriptors.share(allowed) // 2))
+            maximum = min(maximum, max(1, descriptors.share(allowed) // 2))
         if is_near(address):
-            pools = [self._near] if self._near.make_room(most) else []
+            pools = [self._near] if self._near.make_room(maximum) else []
         else:
             peer = _peer(address)
             its = self._peers.get(peer)
-            if (its is not None and not its.make_room(MOST_PER_PEER)) or not self._far.make_room(most):
+            if (its is not None and not its.make_room(MAX_PER_PEER)) or not self._far.make_room(maximum):
                 return ()
             # The one that made room may have been the last of this peer.
             its = self._peers.setdefault(peer, _Pool(partial(self._peers.pop, peer)))
@@ -152,11 +152,11 @@ class _Pool:
         self.idle: OrderedDict[_Channel, None] = OrderedDict()
         self._empty = empty
 
-    def make_room(self, most: int) -> bool:
+    def make_room(self, maximum: int) -> bool:
         """
         Whether there is room for one more, now that an idle one has made it, if need be.
         """
-        if len(self.all) >= most or not descriptors.left_in_reserve():
+        if len(self.all) >= maximum or not descriptors.left_in_reserve():
             if not self.idle:
                 return False
             next(iter(self.idle)).give_way()

@@ -67,8 +67,8 @@ class LimiterCollector(Collector):
                 f"connlimit_{name}", f"{help}; infinite without a limit.", labels=["limiter"]
             )
             for watch in self._watches:
-                most = getattr(watch.limiter.settings, name)
-                gauge.add_metric([watch.name], math.inf if most is None else most)
+                maximum = getattr(watch.limiter.settings, name)
+                gauge.add_metric([watch.name], math.inf if maximum is None else maximum)
             yield gauge
 
     def _figures(self) -> Iterator[Metric]:

@@ -13,7 +13,7 @@ from twisted.python.failure import Failure
 
 T = TypeVar("T")
 #: Seconds for which what was made is shown at least and at most.
-LEAST_AGE, MOST_AGE = 0.1, 1.0
+LEAST_AGE, MAX_AGE = 0.1, 1.0
 
 Make = Callable[[], Coroutine[Any, Any, T]]
 
@@ -86,7 +86,7 @@ class Recent(Generic[T]):
         last = self._last
         if last.is_made:
             age = 20 * (last.took + self._cost(last.value))
-            if monotonic() - last.begun > min(max(age, LEAST_AGE), MOST_AGE):
+            if monotonic() - last.begun > min(max(age, LEAST_AGE), MAX_AGE):
                 self._last = Once(self._make)
         return self._last.get()
 

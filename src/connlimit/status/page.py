@@ -57,7 +57,7 @@ def semaphore(facts: dict[str, Any]) -> Part:
     """
     The section of a semaphore.
     """
-    most = facts["full_count"]
+    maximum = facts["full_count"]
     counts = [
         ("level", facts["level"]),
         ("pending", facts["pending"]),
@@ -67,15 +67,15 @@ def semaphore(facts: dict[str, Any]) -> Part:
     if "holders" in facts:
         rows = [(each["peer"], each["count"], _seconds(each["for"])) for each in facts["holders"]]
         tables.append(_table("Held longest", rows, ("peer", "count", "for")))
-    pictures = [_bar("active", "acquired", facts["acquired"], most)]
-    return _section("semaphore", facts["name"], facts["acquired"] >= most, [], pictures, tables)
+    pictures = [_bar("active", "acquired", facts["acquired"], maximum)]
+    return _section("semaphore", facts["name"], facts["acquired"] >= maximum, [], pictures, tables)
 
 
 def limiter(facts: dict[str, Any]) -> Part:
     """
     The section of a limiter.
     """
-    most = facts["max_connections"]
+    maximum = facts["max_connections"]
     now = [each for each, figure in FIGURES.items() if figure.kind in (GAUGE, MAXIMUM) and not figure.setting]
     counters = [each for each, figure in FIGURES.items() if figure.kind == COUNTER]
     percentiles = [
@@ -88,16 +88,16 @@ def limiter(facts: dict[str, Any]) -> Part:
     ]
     if "peers" in facts:
         peers = [(p["peer"], p["active"], p["waiting"]) for p in facts["peers"]]
-        line = [(w["address"], _seconds(w["age"])) for w in facts["line"]]
+        queue = [(w["address"], _seconds(w["age"])) for w in facts["queue"]]
         tables.append(_table("Busiest peers", peers, ("peer", "served", "waiting")))
-        tables.append(_table("First in the queue", line, ("address", "waits for")))
+        tables.append(_table("First in the queue", queue, ("address", "waits for")))
     bars = [
         _bar(name, figure.title, facts[name], facts[figure.setting])
         for name, figure in FIGURES.items()
         if figure.setting
     ]
     flags = [figure.title for name, figure in FIGURES.items() if figure.kind == FLAG and facts[name]]
-    is_full = most is not None and facts["active"] >= most
+    is_full = maximum is not None and facts["active"] >= maximum
     return _section("limiter", facts["name"], is_full, flags, [*bars, _chart(facts["history"])], tables)
 
 
@@ -145,14 +145,14 @@ def _rows(name: str, facts: dict[str, Any]) -> list[tuple[str, str]]:
     return [(figure.title, _seconds(value) if figure.unit == "seconds" else str(value))]
 
 
-def _bar(cls: str, word: str, value: int, most: int | None) -> Part:
-    share = min(1.0, value / most) if most else float(most == 0 and value > 0)
+def _bar(cls: str, word: str, value: int, maximum: int | None) -> Part:
+    share = min(1.0, value / maximum) if maximum else float(maximum == 0 and value > 0)
     return Part(
         _BAR,
         **{"class": cls},
         word=word,
         value=str(value),
-        of="no limit" if most is None else f"of {most}",
+        of="no limit" if maximum is None else f"of {maximum}",
         width=f"{share * 100:.1f}",
     )
 

@@ -156,9 +156,9 @@ def _wrapped(head: str, told: list[str]) -> list[str]:
     return [row.rstrip() for row in rows]
 
 
-def _bar(word: str, value: int, most: int | None) -> str:
-    filled = 0 if not most else round(_BAR * min(1.0, value / most))
-    of = "no limit" if most is None else f"of {most}"
+def _bar(word: str, value: int, maximum: int | None) -> str:
+    filled = 0 if not maximum else round(_BAR * min(1.0, value / maximum))
+    of = "no limit" if maximum is None else f"of {maximum}"
     return f"  {word:8} [{'#' * filled}{'.' * (_BAR - filled)}] {value} {of}"
 
 

@@ -124,7 +124,7 @@ class Watch(LimiterObserver):
             "peers": [
                 {"peer": str(peer), "active": active, "waiting": waiting} for peer, active, waiting in busiest
             ],
-            "line": [
+            "queue": [
                 {"address": address_text(address), "age": age}
                 for address, age in self.limiter.first_waiting(SHOWN)
             ],

@@ -30,7 +30,7 @@ from connlimit.semaphores.server.store import Unavailable
 
 pytest.importorskip("txredisapi")
 
-from connlimit.semaphores.server.redis_store import MOST_BYTES, RedisStore, pages
+from connlimit.semaphores.server.redis_store import MAX_BYTES, RedisStore, pages
 
 
 @pytest.fixture
@@ -358,8 +358,8 @@ async def test_operations_that_arrive_together_share_a_question_and_each_has_its
         assert questions(redis) == before + 1
         asked = [store.submit("acquire", peer, "A", 1, None) for peer in (3, 1, 2, 0)]
         asked.append(store.submit("acquire", 2, "A", 2, None))
-        with pytest.raises(Rejected, match=f"{MOST_BYTES} bytes"):
-            store.submit("restore", 9, 300.0, {"A": 10**MOST_BYTES})
+        with pytest.raises(Rejected, match=f"{MAX_BYTES} bytes"):
+            store.submit("restore", 9, 300.0, {"A": 10**MAX_BYTES})
         asked.append(store.submit("remainder", "A"))
         asked.append(store.submit("acquire", 2, "B", 1, None))
         asked.append(store.submit("release", 3, "A"))

@@ -85,7 +85,7 @@ def test_slots_are_never_exceeded_and_never_idle_while_one_is_lacking(
         return worker
 
     workers = [started() for _ in range(3)]
-    most = slots
+    maximum = slots
     for what, number, new in steps:
         if what == "die":
             lender.leave(workers[number])
@@ -93,15 +93,15 @@ def test_slots_are_never_exceeded_and_never_idle_while_one_is_lacking(
         elif what == "slots":
             slots = new
             # Those that are in use when a limit is lowered may end in their time.
-            most = max(slots, sum(each.limit.in_use for each in workers), sum(lender.lent.values()))
+            maximum = max(slots, sum(each.limit.in_use for each in workers), sum(lender.lent.values()))
             lender.set_slots(slots)
         else:
             getattr(workers[number], what)()
-        assert sum(each.limit.in_use for each in workers) <= most
+        assert sum(each.limit.in_use for each in workers) <= maximum
     while sum(each.deliver() for each in workers):
         pass
     in_use = sum(each.limit.in_use for each in workers)
-    assert in_use <= most
+    assert in_use <= maximum
     if any(each.waiting for each in workers):
         assert in_use >= slots
     for each in workers:

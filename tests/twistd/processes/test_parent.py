@@ -29,7 +29,7 @@ from support.patience import PATIENCE
 from support.programs import Program, failing, running, twistd_command
 from support.redis import Redis
 
-from connlimit._twistd.config import MOST_PROCESSES
+from connlimit._twistd.config import MAX_PROCESSES
 
 LOCAL = "tcp:0:interface=127.0.0.1"
 
@@ -49,7 +49,7 @@ class Backend(socketserver.ThreadingTCPServer):
     """
     A server that counts how many it serves at once.
 
-    :ivar most: the highest count.
+    :ivar maximum: the highest count.
     """
 
     allow_reuse_address = True
@@ -59,7 +59,7 @@ class Backend(socketserver.ThreadingTCPServer):
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Answer)
         self.lock = threading.Lock()
-        self.now = self.most = self.served = 0
+        self.now = self.maximum = self.served = 0
 
 
 class Answer(socketserver.StreamRequestHandler):
@@ -72,7 +72,7 @@ class Answer(socketserver.StreamRequestHandler):
     def handle(self) -> None:
         with self.server.lock:
             self.server.now += 1
-            self.server.most = max(self.server.most, self.server.now)
+            self.server.maximum = max(self.server.maximum, self.server.now)
         word = self.rfile.readline()
         time.sleep(0.01)
         with self.server.lock:
@@ -181,7 +181,7 @@ def test_a_crowd_is_served_by_all_workers_and_never_more_at_once_than_the_limit(
         workers(program, 4)
         assert crowd(program.port(), 200) == [b"served %d\n" % number for number in range(200)]
         assert backend.served == 200
-        assert 1 < backend.most <= 6
+        assert 1 < backend.maximum <= 6
         assert program.terminate() == 0
         counts = re.findall(r"\[worker \d, .*\] \S+ drained: (\d+) connections were served", program.output)
         assert sum(map(int, counts)) == 200
@@ -314,7 +314,7 @@ def test_every_kind_of_server_and_port_works(folder: Path, tmp_path: Path) -> No
     with running("connlimit", "--processes=2", *LIMIT, *arguments, *FACTORY, cwd=folder) as program:
         pids = workers(program, 2)
         os.kill(pids[1], signal.SIGTERM)  # a worker that ends in order leaves the file
-        program.wait_for("(?s)started again.*worker 1 serves")
+        program.wait_for("(?s)restarted.*worker 1 serves")
         pids = workers(program, 2)
         assert path.stat().st_mode & 0o777 == 0o600
         plain, proxied = re.findall(r"\[-\] connlimit starting on (\d+)", program.output)
@@ -422,7 +422,7 @@ def test_the_status_page_and_the_metrics_add_up_what_the_workers_do(folder: Path
         clients = [stack.enter_context(connected(program.port())) for _ in range(10)]
         now = until(active=4, waiting=6, served=4, accepted=10, max_connections=4)
         assert now["peers"] == [{"peer": "127.0.0.1", "active": 4, "waiting": 6}]
-        assert len(now["line"]) == 6
+        assert len(now["queue"]) == 6
         assert 'connlimit_connections{limiter="default",state="waiting"} 6.0' in get("metrics")
         for client in clients:
             client.close()
@@ -797,7 +797,7 @@ def test_a_parent_that_was_stopped_itself_kills_no_worker(folder: Path) -> None:
 # What cannot start
 
 
-@pytest.mark.parametrize("value", ["0", "-1", "many", "1.5", str(MOST_PROCESSES + 1)])
+@pytest.mark.parametrize("value", ["0", "-1", "many", "1.5", str(MAX_PROCESSES + 1)])
 def test_a_wrong_number_of_processes_gets_one_sentence(value: str) -> None:
     sentence = failing(
         "connlimit", f"--processes={value}", *LIMIT, "--listen", LOCAL, "--forward", "tcp:localhost:1"

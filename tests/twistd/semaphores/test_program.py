@@ -212,7 +212,7 @@ def test_many_peers_share_semaphores_through_a_restart_and_nobody_is_forgotten(t
     full = {"A": 5, "/&": 2}
     lock = threading.Lock()
     held = dict.fromkeys(full, 0)
-    most = dict.fromkeys(full, 0)
+    maximum = dict.fromkeys(full, 0)
     failures: list[str] = []
     counts = {"served": 0, "restored": 0, "expired": 0}
     halfway, ended = threading.Event(), threading.Event()
@@ -248,7 +248,7 @@ def test_many_peers_share_semaphores_through_a_restart_and_nobody_is_forgotten(t
                     assert status == 202, text
             with lock:
                 held[name] += count
-                most[name] = max(most[name], held[name])
+                maximum[name] = max(maximum[name], held[name])
                 counts["served"] += 1
                 if counts["served"] == 150:
                     halfway.set()
@@ -296,4 +296,4 @@ def test_many_peers_share_semaphores_through_a_restart_and_nobody_is_forgotten(t
         assert server.ask("GET", "/remainder?semaphore=A") == (200, "5")
         assert server.ask("GET", "/remainder?semaphore=%2F%26") == (200, "2")
     ended.set()
-    assert most == full
+    assert maximum == full

@@ -144,14 +144,14 @@ def test_several_tabs_of_a_browser_are_served_two_at_a_time(browser: object) -> 
         browser.get(f"http://127.0.0.1:{status}/health")
         for _ in range(6):
             browser.execute_script(f"window.open('http://127.0.0.1:{port}/')")
-        most = {"active": 0, "waiting": 0}
+        maximum = {"active": 0, "waiting": 0}
         began = time.monotonic()
         while (facts := look(status))["finished"] < 12 or facts["active"] or facts["waiting"]:
             assert time.monotonic() - began < PATIENCE, facts
-            most = {name: max(value, facts[name]) for name, value in most.items()}
+            maximum = {name: max(value, facts[name]) for name, value in maximum.items()}
             time.sleep(0.05)
-        assert most["active"] == 2
-        assert most["waiting"] >= 2
+        assert maximum["active"] == 2
+        assert maximum["waiting"] >= 2
         addresses = set()
         for handle in browser.window_handles:
             if handle != first:

@@ -154,7 +154,7 @@ class HungBackend:
     A server that accepts and never reads, and counts its connections by the kernel's word alone.
 
     :ivar live: the sockets of those that are there.
-    :ivar most: how many there were at the most.
+    :ivar maximum: how many there were at the most.
     :ivar accepted: how many there were in all.
     """
 
@@ -162,7 +162,7 @@ class HungBackend:
         self.listener = socket.create_server(("127.0.0.1", 0), backlog=1000)
         self.where = f"tcp:127.0.0.1:{self.listener.getsockname()[1]}"
         self.live: dict[int, socket.socket] = {}
-        self.most = self.accepted = 0
+        self.maximum = self.accepted = 0
 
     def __enter__(self) -> HungBackend:
         self._epoll = select.epoll()
@@ -191,7 +191,7 @@ class HungBackend:
             self.live[connection.fileno()] = connection
             self.accepted += 1
             self._bury()
-            self.most = max(self.most, len(self.live))
+            self.maximum = max(self.maximum, len(self.live))
 
     def _bury(self) -> None:
         for descriptor, _ in self._epoll.poll(0):
@@ -221,7 +221,7 @@ async def test_a_hung_backend_never_has_more_connections_than_slots(size: int) -
                     client.transport.abortConnection()
                 await until(lambda: limiter.active == 0)
             await until(lambda: not backend.live)
-        assert backend.most == 5
+        assert backend.maximum == 5
 
 
 class PairTests(RelayTestCase):

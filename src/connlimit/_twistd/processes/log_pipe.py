@@ -18,7 +18,7 @@ from zope.interface import implementer
 _log = Logger(namespace="connlimit.workers")
 
 #: How many bytes are kept for a parent that does not read.
-MOST_BYTES = 1 << 20
+MAX_BYTES = 1 << 20
 
 #: Seconds that the last lines of a process may take.
 _LAST_WORDS = 1.0
@@ -94,7 +94,7 @@ class LogPipe:
         with self._lock:
             if self._is_over:
                 return
-            if len(self._unwritten) + len(line) > MOST_BYTES:
+            if len(self._unwritten) + len(line) > MAX_BYTES:
                 self.dropped += 1
                 return
             self._unwritten += line

@@ -34,7 +34,7 @@ from connlimit.status.service import Limited
 _log = Logger(namespace="connlimit.workers")
 
 #: Seconds until a worker that died is started again: at first, and at most if it dies again and again.
-_FIRST_DELAY, _MOST_DELAY = 0.1, 10.0
+_FIRST_DELAY, _MAX_DELAY = 0.1, 10.0
 
 #: A worker that served for these seconds did not die of its start.
 _WELL = 10.0
@@ -230,7 +230,7 @@ class Parent(Alone):
         if self.reactor.seconds() - worker.began >= _WELL:
             self._delays.pop(number, None)
         delay = self._delays.get(number, _FIRST_DELAY)
-        self._delays[number] = min(_MOST_DELAY, delay * 2)
+        self._delays[number] = min(_MAX_DELAY, delay * 2)
         _log.error(
             "worker {number} {how}; it is restarted in {delay:.1f} s", number=number, how=how, delay=delay
         )

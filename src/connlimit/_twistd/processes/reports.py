@@ -41,7 +41,7 @@ _WAITS = 4000
 _STEPS = 5
 
 #: How many waits are kept until they are told.
-_MOST_WAITS = 20_000
+_MAX_WAITS = 20_000
 
 
 #: Stands for a connection of a worker.
@@ -55,7 +55,7 @@ class Reporter(LimiterObserver):
 
     def __init__(self, limiter: Limiter) -> None:
         self.limiter = limiter
-        self._waits: deque[float] = deque(maxlen=_MOST_WAITS)
+        self._waits: deque[float] = deque(maxlen=_MAX_WAITS)
         self._busiest: list[tuple[Hashable, int, int]] = []
         self._looking: Generator[None, None, list[tuple[Hashable, int, int]]] | None = None
         limiter.add_observer(self)
@@ -71,7 +71,7 @@ class Reporter(LimiterObserver):
         facts: dict[str, Any] = {
             "figures": self.limiter.snapshot().figures(),
             "peers": [(str(peer), *counts) for peer, *counts in self._busiest],
-            "line": [(address_text(address), age) for address, age in self.limiter.first_waiting(SHOWN)],
+            "queue": [(address_text(address), age) for address, age in self.limiter.first_waiting(SHOWN)],
         }
         while True:
             facts["waits"] = [self._waits.popleft() for _ in range(min(_WAITS, len(self._waits)))]
@@ -184,8 +184,8 @@ class PooledLimiter:
         """
         As far as the number of all connections shows.
         """
-        most = self.settings.max_connections
-        return not self.waiting and self.own.has_room() and (most is None or self.active < most)
+        maximum = self.settings.max_connections
+        return not self.waiting and self.own.has_room() and (maximum is None or self.active < maximum)
 
     def limited_by(self, reason: str = FULL, connection: IOccupant | None = None) -> str:
         """
@@ -214,8 +214,8 @@ class PooledLimiter:
         return self.busiest_peers(count)
 
     def first_waiting(self, count: int) -> list[tuple[str, float]]:
-        line = [(address, age) for report in self._reports.values() for address, age in report["line"]]
-        return nlargest(count, line, key=lambda each: each[1])
+        queue = [(address, age) for report in self._reports.values() for address, age in report["queue"]]
+        return nlargest(count, queue, key=lambda each: each[1])
 
     def add_observer(self, observer: ILimiterObserver) -> None:
         """

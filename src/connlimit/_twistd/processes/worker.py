@@ -32,7 +32,7 @@ MakeProgram = Callable[[commands.Assignment, "Worker"], IRunning]
 _log = Logger(namespace="connlimit.workers")
 
 #: Seconds, at most, between two attempts to run what the parent runs.
-_MOST_DELAY = 60.0
+_MAX_DELAY = 60.0
 
 
 class Worker(Alone):
@@ -150,7 +150,7 @@ class Worker(Alone):
     async def _change(self, assignment: commands.Assignment, program: Any, delay: float = 1.0) -> None:
         if assignment.text is not None and not await program.run(assignment.text):
             # What keeps this process from it, and not the parent, may pass.
-            later = min(2 * delay, _MOST_DELAY)
+            later = min(2 * delay, _MAX_DELAY)
             self.reactor.callLater(delay, self._try_again, assignment, program, later)
         self._forget(program)
         self.channel.tell(commands.Ready, number=assignment.number)

@@ -17,7 +17,7 @@ from connlimit._twistd.options import ProgramOptions, parameter
 from connlimit._twistd.program import CannotStart, Program
 from connlimit._twistd.semaphores.config_file import read
 from connlimit._twistd.toml import ConfigError
-from connlimit.semaphores.server.state import MOST_PEERS, State
+from connlimit.semaphores.server.state import MAX_PEERS, State
 from connlimit.semaphores.server.store import IStore, MemoryStore
 from connlimit.shared.by_url import renamed
 from connlimit.status import status_service
@@ -59,7 +59,7 @@ class Options(ProgramOptions):
             "max-peers",
             "how many peers there can be at once",
             "peers",
-            shown=f"{MOST_PEERS}, or as many as the store says",
+            shown=f"{MAX_PEERS}, or as many as the store says",
         ),
         parameter(
             "max-per-peer",

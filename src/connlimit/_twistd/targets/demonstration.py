@@ -88,8 +88,10 @@ class _Page(Element):
         """
         All of it.
         """
-        most = self._limiter.max_connections
-        return tag.fillSlots(seconds=f"{SECONDS:g}", most="any number" if most is None else str(most))
+        maximum = self._limiter.max_connections
+        return tag.fillSlots(
+            seconds=f"{SECONDS:g}", maximum="any number" if maximum is None else str(maximum)
+        )
 
     @renderer
     def link(self, request: IRequest | None, tag: Tag) -> Tag | str:
@@ -114,13 +116,13 @@ class _Page(Element):
         return deferred
 
     def _picture(self, tag: Tag) -> Tag:
-        now, most = self._limiter.snapshot(), self._limiter.max_connections
-        free = 0 if most is None else max(0, most - now.active)
+        now, maximum = self._limiter.snapshot(), self._limiter.max_connections
+        free = 0 if maximum is None else max(0, maximum - now.active)
         return tag.fillSlots(
             active=str(now.active),
             waiting=str(now.waiting),
             finished=str(now.finished),
-            most="any number of" if most is None else str(most),
+            maximum="any number of" if maximum is None else str(maximum),
             drawn=[
                 [tags.i(class_="served")] * min(now.active, _DRAWN),
                 [tags.i(class_="free")] * min(free, _DRAWN),

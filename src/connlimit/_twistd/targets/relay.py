@@ -102,8 +102,10 @@ class RelayFactory(Factory):
         """
         if self._has_stopped:
             return False
-        most = descriptors.limit()
-        return not descriptors.is_short and self.lingering < (1000 if most is None else min(most // 8, 1000))
+        maximum = descriptors.limit()
+        return not descriptors.is_short and self.lingering < (
+            1000 if maximum is None else min(maximum // 8, 1000)
+        )
 
     def logPrefix(self) -> str:
         """

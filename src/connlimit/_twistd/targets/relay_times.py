@@ -121,7 +121,7 @@ class Delivery:
     Resets a connection when its peer has got everything; others limit its time without us.
     """
 
-    _MOST = 0.25  # seconds
+    _MAX = 0.25  # seconds
 
     def __init__(self, clock: Any, end: End) -> None:
         self._clock = clock
@@ -133,6 +133,6 @@ class Delivery:
         if not end.connected:
             return
         if end.unsent():
-            self._clock.callLater(interval, self._look, min(2 * interval, self._MOST))
+            self._clock.callLater(interval, self._look, min(2 * interval, self._MAX))
         else:
             end.abort()

@@ -18,7 +18,7 @@ from twisted.internet.main import CONNECTION_LOST
 from twisted.internet.tcp import Connection
 
 #: How many bytes are moved at once, at most; the largest pipe that everybody may have by default.
-_MOST = 1 << 20
+_MAX = 1 << 20
 
 _NOW = getattr(os, "SPLICE_F_MOVE", 0) | getattr(os, "SPLICE_F_NONBLOCK", 0)
 
@@ -50,7 +50,7 @@ def splice(source: Any, target: Any) -> Any:
     except OSError:
         return False
     try:
-        count = os.splice(source.fileno(), entry, _MOST, flags=_NOW)
+        count = os.splice(source.fileno(), entry, _MAX, flags=_NOW)
     except BlockingIOError:
         return None
     except OSError as error:
@@ -80,7 +80,7 @@ def _pipe() -> tuple[int, int]:
 
     exit, entry = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
     with suppress(OSError):  # the user may have no more
-        fcntl.fcntl(entry, fcntl.F_SETPIPE_SZ, _MOST)
+        fcntl.fcntl(entry, fcntl.F_SETPIPE_SZ, _MAX)
     return entry, exit
 
 

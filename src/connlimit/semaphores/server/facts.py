@@ -32,13 +32,13 @@ def semaphore_facts(state: State, now: float) -> list[dict[str, Any]]:
     return facts
 
 
-def holders(state: State, name: str, now: float, most: int) -> list[dict[str, Any]]:
+def holders(state: State, name: str, now: float, maximum: int) -> list[dict[str, Any]]:
     """
     Who holds a semaphore, how much of it, and since how many seconds; longest first.
     """
     return [
         {"peer": number, "count": lock.count, "for": max(0.0, now - lock.since)}
-        for number, lock in islice(state.semaphores[name].holders.items(), most)
+        for number, lock in islice(state.semaphores[name].holders.items(), maximum)
     ]
 
 

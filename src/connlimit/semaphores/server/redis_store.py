@@ -52,7 +52,7 @@ _PATIENCE = 3.0
 _BEAT = 0.25
 
 #: How many bytes an operation can have that a client asked for.
-MOST_BYTES = 1024
+MAX_BYTES = 1024
 
 #: How many operations, and how many bytes of them, the log has before the state is written down; or as many
 #: as the state has, if that is more.
@@ -169,9 +169,9 @@ class RedisStore:
         :raises Rejected: if an operation takes more of the log than is given to a client.
         """
         length = len(text) if text.isascii() else len(text.encode())
-        if length > MOST_BYTES and operation != "configure":
+        if length > MAX_BYTES and operation != "configure":
             raise Rejected(
-                413, f"A request can have {MOST_BYTES} bytes in the store at most; this one has {length}."
+                413, f"A request can have {MAX_BYTES} bytes in the store at most; this one has {length}."
             )
 
     # What is said to Redis, one thing at a time

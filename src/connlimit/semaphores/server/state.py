@@ -33,7 +33,7 @@ from connlimit.semaphores.server.records import (
 )
 
 #: How many peers there can be, unless something else is said.
-MOST_PEERS = 100_000
+MAX_PEERS = 100_000
 
 #: What changes nothing, and need not be carried out everywhere.
 QUESTIONS = frozenset({"nothing", "is_acquired", "remainder"})
@@ -53,7 +53,7 @@ class State:
         self.semaphores: dict[str, Semaphore] = {}
         self.peers: dict[int, Peer] = {}
         self.settled: Callable[[int, str, Rejected | None], None] = lambda peer, name, reason: None
-        self._max_peers = MOST_PEERS
+        self._max_peers = MAX_PEERS
         self._grants_from = 0.0
         # When each peer expires at the earliest: an entry may be out of date, but none is missing.
         self._expiries: list[tuple[float, int]] = []

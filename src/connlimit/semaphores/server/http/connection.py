@@ -21,7 +21,7 @@ from twisted.python.failure import Failure
 from zope.interface import implementer
 
 from connlimit.semaphores.server.http.messages import (
-    MOST_BODY,
+    MAX_BODY,
     TOO_LONG,
     Answer,
     Request,
@@ -303,7 +303,7 @@ class HttpConnection(Protocol):
         """
         if what in ("idle", "refused") or (what == "request" and not self._reader.size):
             self._close()
-        elif what == "request" and self._reader.received > MOST_BODY:
+        elif what == "request" and self._reader.received > MAX_BODY:
             self._refuse(413, TOO_LONG)
         elif what == "request":
             self._refuse(408, f"a request must be there within {_REQUEST:.0f} s")

@@ -12,13 +12,13 @@ from time import time
 import attrs
 
 #: The longest body that is read, in bytes; the rest of a longer one is thrown away as it comes.
-MOST_BODY = 64 * 1024
+MAX_BODY = 64 * 1024
 
 TEXT = "text/plain; charset=utf-8"
 HTML = "text/html; charset=utf-8"
 JSON = "application/json"
 
-TOO_LONG = f"a body can have {MOST_BODY} bytes at most"
+TOO_LONG = f"a body can have {MAX_BODY} bytes at most"
 
 _PHRASES = {
     200: "OK",
@@ -61,7 +61,7 @@ class Request:
 
     :ivar method: such as ``b"GET"``.
     :ivar target: the path and the query, as they were sent.
-    :ivar body: no more of it than `MOST_BODY`.
+    :ivar body: no more of it than `MAX_BODY`.
     :ivar is_too_long: whether something of the body was thrown away.
     :ivar headers: the headers by their names, as they were sent.
     :ivar is_persistent: whether the connection is kept when this is answered.

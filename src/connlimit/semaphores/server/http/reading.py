@@ -19,13 +19,13 @@ from httptools import (
 from twisted.logger import Logger
 
 from connlimit._system.bounded_log import BoundedLog
-from connlimit.semaphores.server.http.messages import MOST_BODY, TOO_LONG, Request
+from connlimit.semaphores.server.http.messages import MAX_BODY, TOO_LONG, Request
 
 #: The longest head of a request that is read, in bytes.
-MOST_HEAD = 16 * 1024
+MAX_HEAD = 16 * 1024
 
 #: How many bytes the pieces of a body may have besides the body.
-_MOST_FRAMING = MOST_HEAD + 8 * MOST_BODY
+_MAX_FRAMING = MAX_HEAD + 8 * MAX_BODY
 
 #: How many bytes are parsed at a time, so that no more requests are known than fit in there.
 _PIECE = 1024
@@ -128,13 +128,13 @@ class RequestReader:
             self._is_expected = True
             if not request.is_old and request.header(b"Expect").lower() == b"100-continue":
                 length = request.header(b"Content-Length")[:10]
-                if length.isdigit() and int(length) > MOST_BODY:
+                if length.isdigit() and int(length) > MAX_BODY:
                     self.wrong = 413, TOO_LONG
                 else:
                     self._proceed()
-        elif self._reading is None and self.size > MOST_HEAD:
-            self.wrong = 431, f"the head of a request can have {MOST_HEAD} bytes at most"
-        elif self.size - self.received > _MOST_FRAMING:
+        elif self._reading is None and self.size > MAX_HEAD:
+            self.wrong = 431, f"the head of a request can have {MAX_HEAD} bytes at most"
+        elif self.size - self.received > _MAX_FRAMING:
             self.wrong = 413, TOO_LONG
 
     # What httptools calls
@@ -163,7 +163,7 @@ class RequestReader:
         A piece of the body was read.
         """
         self.received += len(body)
-        if self.received <= MOST_BODY:
+        if self.received <= MAX_BODY:
             self._chunks.append(body)
         else:
             self._chunks.clear()
@@ -176,7 +176,7 @@ class RequestReader:
         assert request is not None
         if self.received:
             request.body = b"".join(self._chunks)
-            request.is_too_long = self.received > MOST_BODY
+            request.is_too_long = self.received > MAX_BODY
             self._chunks.clear()
         self._headers.clear()  # of trailers
         self._is_expected = False
