@@ -12,12 +12,11 @@ from twisted.internet.protocol import connectionDone
 from twisted.python.failure import Failure
 from zope.interface import implementer
 
-from connlimit._connection import departures
 from connlimit._connection.delegating import DelegatingProtocol, IPlaceholder
 from connlimit._connection.forwarding import delegate_to
 from connlimit._connection.names import take_names
 from connlimit._limiter.peers import UNIXPeer
-from connlimit._system import sockets
+from connlimit._system import departures, sockets
 
 #: How many pieces are kept that a transport delivers although it is paused.
 _MAX_KEPT = 64

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Generator, Hashable, Iterable, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NoReturn
+from weakref import WeakValueDictionary
 
 import attrs
 from twisted.internet.defer import Deferred
@@ -393,6 +394,11 @@ class Limiter:
         """
         self.admission.refuse_all()
         return self.admission.wait_for(self.admission.slots.occupants(), timeout)
+
+
+#: The limiters of this process that something stands behind, in the order in which they came into use, as
+#: long as somebody else holds them.
+IN_USE: WeakValueDictionary[int, Limiter] = WeakValueDictionary()
 
 
 def _checked_clock(clock: object) -> IReactorTime:

@@ -12,8 +12,7 @@ from twisted.internet.protocol import Protocol, connectionDone
 from twisted.python.failure import Failure
 from zope.interface import implementer
 
-from connlimit._connection import departures
-from connlimit._system import sockets
+from connlimit._system import departures, sockets
 from connlimit._twistd.targets.splice import can_splice, splice
 
 

@@ -27,7 +27,7 @@ from twisted.internet.endpoints import serverFromString
 from twisted.internet.protocol import Factory, Protocol
 
 from connlimit import Limiter, LimitingFactory
-from connlimit._connection import departures
+from connlimit._system import departures
 
 KINDS = ["the kernel's word", "looks"]
 
@@ -419,7 +419,7 @@ importlib.import_module("twisted.internet." + sys.argv[1] + "reactor").install()
 from twisted.internet import endpoints, protocol, reactor, stdio
 from twisted.protocols.basic import LineReceiver
 from connlimit import Limiter, LimitingFactory
-from connlimit._connection import departures
+from connlimit._system import departures
 
 limiter = Limiter(0)
 server = protocol.Factory.forProtocol(protocol.Protocol)
