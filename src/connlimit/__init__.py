@@ -8,6 +8,7 @@ from connlimit._limiter.limiter import Limiter
 from connlimit._listening.endpoint import LimitingEndpoint, limit_reactor
 from connlimit._listening.proxy_header import ProxyHeaderEndpoint
 from connlimit._listening.service import LimitedService, limit_service
+from connlimit._request.factory import RequestLimitingFactory
 from connlimit._system.version import __version__
 from connlimit.interfaces import Snapshot
 from connlimit.observers import ConnectionLog, LimiterLog
@@ -22,6 +23,7 @@ __all__ = [
     "LimitingFactory",
     "ProxyHeaderEndpoint",
     "Refused",
+    "RequestLimitingFactory",
     "Snapshot",
     "__version__",
     "limit_reactor",

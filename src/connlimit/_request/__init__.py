@@ -1,0 +1,3 @@
+"""
+One HTTP request's life.
+"""
