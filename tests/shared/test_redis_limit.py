@@ -901,7 +901,7 @@ main()
         (WITHOUT_TXREDISAPI, ["--help"], 0, "usage: "),
         (WITHOUT_TXREDISAPI, ["--version"], 0, ""),
         (WITHOUT_TXREDISAPI, ["list"], 2, "this needs txredisapi: pip install 'connlimit[redis]'\n"),
-        (ADMINISTER, [], 2, "the following arguments are required: order"),
+        (ADMINISTER, [], 2, "the following arguments are required: COMMAND"),
         (ADMINISTER, ["lisst"], 2, "'lisst'"),
         (ADMINISTER, ["set", "web"], 2, "the following arguments are required: N"),
         (ADMINISTER, ["set", "web", "-1"], 2, "-1"),

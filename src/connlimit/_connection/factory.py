@@ -35,7 +35,7 @@ class LimitingFactory:
     Whatever else is asked of it or set on it, it hands on to the wrapped factory.
 
     :ivar wrappedFactory: the factory whose protocols serve the connections.
-    :ivar admission: what the limiter is told of connections.
+    :ivar admission: the limiter's side that connections report to.
     :ivar connection_log: where failures of connections are logged.
     :ivar is_tls: whether the wrapped factory is the one that speaks TLS.
     """

@@ -51,7 +51,7 @@ class Admission(Protocol):
 
     def serve_heavy_at_once(self, occupant: IOccupant, weight: int) -> bool:
         """
-        Give it so many slots, if there is room and nobody waits.
+        Give it its slots, if there is room and nobody waits.
         """
 
     def wait(self, occupant: IOccupant, timeout: float | None = None, weight: int = 1) -> None:

@@ -316,7 +316,7 @@ class Admission:
 
     def serve_heavy_at_once(self, occupant: IOccupant, weight: int) -> bool:
         """
-        Give a new occupant so many slots, if there is room and nobody waits.
+        Give a new occupant *weight* slots, if there is room and nobody waits.
         """
         slots, extra = self.slots, weight - 1
         # What it needs besides one slot is set aside while it is asked whether it gets that.
@@ -628,7 +628,7 @@ class Admission:
 
     def _weigh(self, slot: ref[IOccupant], extra: int) -> None:
         """
-        One that has just got a slot takes so many more.
+        One that has just got a slot takes *extra* more.
         """
         self.slots.heavy[slot] = extra
         self.slots.extra += extra

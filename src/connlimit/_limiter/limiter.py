@@ -287,7 +287,7 @@ class Limiter:
         A slot for a job, to be taken by ``async with``, or by what a `Job` can do besides. It waits in the
         same queue as connections do, by the same rules; if it is refused, that raises `Refused`.
 
-        :param key: what takes the place of a peer, as ``max_per_peer`` counts; None for none. It may be the
+        :param key: what stands for a peer, as ``max_per_peer`` counts; None for none. It may be the
             address of a client, if it is to be counted as that.
         :param weight: how many slots it takes. As long as it is the first of the queue and there are fewer,
             nobody overtakes it. If ``max_connections`` is lowered below this while it waits, it is refused as

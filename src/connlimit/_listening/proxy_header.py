@@ -104,7 +104,7 @@ class _HeaderFactory(Factory):
 
 class _AwaitHeader(Protocol):
     """
-    Waits for the header, and lets the real protocol take its place.
+    Waits for the header, and lets the real protocol replace it.
     """
 
     factory: _HeaderFactory

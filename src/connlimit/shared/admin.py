@@ -41,31 +41,37 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     Exits with 0; with 1 if Redis does not answer; with 2 if the command line is wrong, or txredisapi missing.
     """
-    parser = _Parser(prog="connlimit-shared", description=__doc__)
-    parser.add_argument("--url", default="redis://localhost", help="that of the Redis (%(default)s)")
-    parser.add_argument("--url-file", metavar="FILE", help="a file that has it, and its password, instead")
-    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
-    orders = parser.add_subparsers(dest="order", required=True)
-    orders.add_parser("list", help="who holds how many slots of which limit")
-    order = orders.add_parser("set", help="change a limit for all processes at once")
-    order.add_argument("name", metavar="NAME")
-    order.add_argument("slots", metavar="N")
-    order = orders.add_parser(
-        "reset", help="forget all that Redis knows of a limit; each process says it again"
+    parser = _Parser(
+        prog="connlimit-shared",
+        description="Lists and changes the limits that processes share through a Redis.",
+        epilog="Example: connlimit-shared --url redis://localhost set database 300",
     )
-    order.add_argument("name", metavar="NAME")
+    parser.add_argument(
+        "--url", default="redis://localhost", help="the URL of the Redis [default: %(default)s]"
+    )
+    parser.add_argument("--url-file", metavar="FILE", help="read the URL, with its password, from this file")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    commands.add_parser("list", help="show who holds how many slots of which limit")
+    command = commands.add_parser("set", help="change a limit for all processes at once")
+    command.add_argument("name", metavar="NAME", help="the name of the limit")
+    command.add_argument("slots", metavar="N", help="how many slots it has, in all processes together")
+    command = commands.add_parser(
+        "reset", help="make Redis forget a limit; each process reports again what it holds"
+    )
+    command.add_argument("name", metavar="NAME", help="the name of the limit")
     options = parser.parse_args(arguments)
     try:
-        slots = COUNT.of_text("N", options.slots) if options.order == "set" else 0
+        slots = COUNT.of_text("N", options.slots) if options.command == "set" else 0
     except ValueError as error:
         parser.error(str(error))
-    if options.order != "list" and not options.name:
+    if options.command != "list" and not options.name:
         parser.error("NAME must be that of a limit, not ''")
     try:
         from connlimit._redis.address import RedisAddress
         from connlimit.shared.redis_limit import is_text
 
-        if options.order != "list" and not is_text(options.name):
+        if options.command != "list" and not is_text(options.name):
             parser.error(f"NAME must be a text that can be written in UTF-8, not {options.name!r}")
         if options.url_file is not None:
             options.url = read_url(options.url_file, lambda _: "--url-file")
@@ -83,10 +89,10 @@ async def _carry_out(reactor: Any, options: argparse.Namespace, slots: int, addr
 
     try:
         redis = await _soon(reactor, Deferred.fromCoroutine(address.connector(reactor)()))
-        if options.order == "list":
+        if options.command == "list":
             for line in await _lines(reactor, redis):
                 print(line)
-        elif options.order == "set":
+        elif options.command == "set":
             await _soon(reactor, set_slots(redis, options.name, slots))
         else:
             await _soon(reactor, redis.delete(keys_of(options.name)))
@@ -142,7 +148,7 @@ async def _lines(reactor: Any, redis: Any) -> list[str]:
 
 def _shown(name: str) -> str:
     """
-    A name as it can be shown in a terminal, on one line.
+    A name as it can be shown on one line of a terminal.
     """
     return name if name.isprintable() else repr(name)
 

@@ -20,7 +20,7 @@ local me, ttl = question.member, question.ttl
 local lifetime = math.max(300000, ttl * 10)
 -- What a question may be delayed before the clock is suspected. A lease is used for nine tenths of the ttl.
 local slack = math.floor(ttl / 20)
--- One of those who lack slots watches: it asks so often, lest a lease that ended or a lost notification go
+-- One of those who lack slots watches: it asks so often that no lease that ended and no lost notification go
 -- unnoticed. The others ask rarely: one of them in twice that time, and each in this time at least.
 local watch, longest = 1000, 60000
 -- In what time one whose turn it is must ask, and the one that watches.
@@ -93,7 +93,7 @@ for member, record in pairs(members) do
 end
 
 -- Whether this Redis may not know of all that is leased. Then it gives no new slots until each lease that it
--- does not know of has ended, or was told of.
+-- does not know of has ended, or was reported.
 local info = redis.pcall('INFO', 'server')
 local run, uptime = '', 0
 if type(info) == 'string' then

@@ -515,7 +515,7 @@ class _Farewell:
     def rejected(self, error: Exception) -> None:
         if not self.done.called:
             RedisLimit._log.info(
-                "limit {name}: Redis at {address} was not told of the end: {why}",
+                "limit {name}: Redis at {address} could not be told of the end: {why}",
                 name=self._limit.name,
                 address=self._limit.address,
                 why=describe(error),

@@ -29,13 +29,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     :return: the exit code.
     """
-    parser = argparse.ArgumentParser(prog="connlimit-top", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="connlimit-top",
+        description="Shows the status of limiters in a terminal, again and again.",
+        epilog="Example: connlimit-top --interval 500ms http://127.0.0.1:8081/",
+    )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
-    parser.add_argument("url", help="that of a status page, such as http://127.0.0.1:8081/")
-    parser.add_argument("--once", action="store_true", help="show it once")
-    parser.add_argument("--json", action="store_true", help="show it as JSON, a line each time")
+    parser.add_argument("url", help="the URL of a status page, such as http://127.0.0.1:8081/")
+    parser.add_argument("--once", action="store_true", help="show the status once, and exit")
+    parser.add_argument("--json", action="store_true", help="show it as JSON, one line each time")
     parser.add_argument(
-        "--interval", type=_interval, default=1.0, metavar="TIME", help="between two looks (default: 1)"
+        "--interval",
+        type=_interval,
+        default=1.0,
+        metavar="TIME",
+        help="show it as often, such as 500ms or 5s [default: 1s]",
     )
     options = parser.parse_args(arguments)
     try:

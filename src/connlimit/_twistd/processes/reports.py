@@ -219,7 +219,7 @@ class PooledLimiter:
 
     def add_observer(self, observer: ILimiterObserver) -> None:
         """
-        Let an observer hear of those who are served, and of changed settings; not of other events.
+        Let an observer hear who is served, and which settings change; nothing else.
         """
         self._observers.append(observer)
         self.own.add_observer(observer)

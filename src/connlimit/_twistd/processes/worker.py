@@ -108,7 +108,7 @@ class Worker(Alone):
         assert self._assignment is not None
         self.channel.tell(commands.Ready, number=self._assignment.number)
 
-    # What the parent orders
+    # The parent's commands
 
     def serve(self, control: int) -> None:
         """
