@@ -3,6 +3,8 @@ A connection limiter for any Twisted server: a fixed number are served at once, 
 """
 
 from connlimit._connection.factory import LimitingFactory
+from connlimit._job.agent import LimitingAgent
+from connlimit._job.client_endpoint import LimitingClientEndpoint
 from connlimit._job.job import Job, Refused
 from connlimit._limiter.limiter import Limiter
 from connlimit._listening.endpoint import LimitingEndpoint, limit_reactor
@@ -19,6 +21,8 @@ __all__ = [
     "LimitedService",
     "Limiter",
     "LimiterLog",
+    "LimitingAgent",
+    "LimitingClientEndpoint",
     "LimitingEndpoint",
     "LimitingFactory",
     "ProxyHeaderEndpoint",

@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import Any, Protocol, TypeVar
 
 from twisted.internet.defer import Deferred, maybeDeferred, succeed
-from twisted.internet.interfaces import IAddress
+from twisted.internet.interfaces import IAddress, IReactorTime
 from twisted.python.failure import Failure
 from zope.interface import implementer
 
@@ -78,6 +78,28 @@ class Admission(Protocol):
         """
         Seconds after which a newcomer would be served.
         """
+
+
+class GivesSlots(Protocol):
+    """
+    What gives slots: a `connlimit.Limiter`.
+    """
+
+    @property
+    def clock(self) -> IReactorTime: ...
+
+    def slot(self, key: Any = None, weight: int = 1, timeout: float | None = None) -> Job: ...
+
+
+def checked(limiter: GivesSlots) -> GivesSlots:
+    """
+    The limiter.
+
+    :raises TypeError: if it is none.
+    """
+    if not callable(getattr(limiter, "slot", None)):
+        raise TypeError(f"limiter must be a Limiter, not {limiter!r}")
+    return limiter
 
 
 @implementer(IOccupant)

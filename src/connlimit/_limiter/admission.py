@@ -401,7 +401,7 @@ class Admission:
         Free the slots of those that were lost to garbage collection.
         """
         for remains in self.slots.take_lost():
-            self.reclaim(remains, "its transport was forgotten, and garbage")
+            self.reclaim(remains, "its holder was forgotten, and garbage")
 
     # What can be asked
 
