@@ -189,7 +189,7 @@ class PerKey(PerPeer):
             hash(key)
         except Exception:
             self._log.failure(
-                "{key} gave no key of {peer}, which is one of its own", key=self._function, peer=address
+                "{key} gave no key for {peer}, which gets one of its own", key=self._function, peer=address
             )
             return _OwnKey(address)
         return key

@@ -122,7 +122,7 @@ async def test_what_is_no_header_closes_the_connection(sent: bytes) -> None:
             assert behind.limiter.snapshot().accepted == 0
             assert proxy_header.awaited() == 0
     (line,) = log.texts()
-    assert line.endswith("is closed: what it sent is no PROXY header")
+    assert line.endswith("is closed: what it sent is not a PROXY header")
     assert not [event for event in log.events if "log_failure" in event]
 
 

@@ -210,7 +210,7 @@ def test_everything_that_is_wrong_is_told_at_once(tmp_path: Path) -> None:
         ("[limiters.a]\nnotice = 5", "[limiters.a] notice must be a time above 0 and what is said then"),
         ("limiters = 5\n", "limiters must be tables, not 5"),
         ("[limiters]\na = 5\n", "[limiters] a must be a table with a name, not 5"),
-        ("this is no TOML", "this is no TOML"),
+        ("this is not TOML", "this is not TOML"),
         (SMALL + 'skip = "tcp:1"', "[services.site] skip must be left out without plugin or tac"),
         (
             SMALL.replace("forward", "tac"),
@@ -235,7 +235,7 @@ def test_a_file_that_cannot_be_read_gets_a_sentence(tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match="the file cannot be read"):
             read(path)
     (tmp_path / "binary").write_bytes(b"\xff\xfe")
-    with pytest.raises(ConfigError, match="this is no TOML"):
+    with pytest.raises(ConfigError, match="this is not TOML"):
         read(tmp_path / "binary")
 
 

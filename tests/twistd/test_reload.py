@@ -47,7 +47,7 @@ def test_a_wrong_file_changes_nothing_and_says_why(configured: Running) -> None:
         assert ask(client) == b"hello you\r\n"
         for wrong, why in (
             ("[limiters.main]\nmax_connections = -1\n" + configured.service(), "max_connections must be"),
-            ("nonsense", "this is no TOML"),
+            ("nonsense", "this is not TOML"),
             (
                 "[limiters.main]\nmax_connections = 9\n" + configured.service(factory="server:nobody"),
                 "factory server:nobody failed",

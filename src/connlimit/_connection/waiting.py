@@ -75,7 +75,7 @@ class WaitingProtocol:  # type: ignore[misc]  # connectionMade is for makeConnec
         self.kept += (data,)
         if len(self.kept) > _MAX_KEPT:
             self.connection.factory.connection_log.warn(
-                "{transport} delivers without end while it is paused; ended",
+                "{transport} delivers without end while it is paused; it is closed",
                 transport=self.connection.transport,
             )
             self.client_departed()

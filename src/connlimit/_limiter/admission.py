@@ -707,7 +707,7 @@ class Admission:
                 return False
         except Exception:
             self._log.failure(
-                "{exempt} failed to tell whether a peer is exempt; it is not", exempt=self._is_exempt
+                "{exempt} failed to say whether a peer is exempt; it is not", exempt=self._is_exempt
             )
             return False
         self.slots.exempt.add(self.slots.take(connection, self.clock.seconds()))

@@ -135,7 +135,7 @@ class EffectiveLimits:
                 key = limit.key(connection)
                 hash(key)
             except Exception:
-                self._log.failure("{limit} failed to tell a key; that connection stands aside", limit=limit)
+                self._log.failure("{limit} failed to give a key; that connection stands aside", limit=limit)
                 self._failing.add(id(limit))
                 key = _UNKNOWN
             keys.append((id(limit), key))
@@ -159,7 +159,7 @@ class EffectiveLimits:
         try:
             return bool(limit.has_room(its_key))
         except Exception:
-            self._log.failure("{limit} failed to tell whether a key has room; it has none", limit=limit)
+            self._log.failure("{limit} failed to say whether a key has room; it has none", limit=limit)
             return False
 
     def aside_for(self, connection: IOccupant, was_asked: bool = True) -> tuple[Keys, Hashable] | None:
@@ -214,7 +214,7 @@ class EffectiveLimits:
                 if limit.refuses():
                     return True
             except Exception:
-                self._log.failure("{limit} failed to tell whether it refuses", limit=limit)
+                self._log.failure("{limit} failed to say whether it refuses", limit=limit)
         return False
 
     def lacks_rate(self) -> bool:

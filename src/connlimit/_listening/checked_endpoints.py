@@ -103,13 +103,13 @@ def check_endpoint(endpoint: Any, lowest_port: int = 0) -> None:
         if "" in (getattr(each, "_host", None), getattr(each, "_hostText", None)):
             raise ValueError("the host is missing")
         if getattr(each, "_badHostname", False):
-            raise ValueError("the host has a name that none can have")
+            raise ValueError("the host is not a valid name")
         _check_interface(getattr(each, "_interface", None))
         for path in (getattr(each, "_address", None), getattr(each, "_path", None)):
             if path == "":
                 raise ValueError("the path is missing")
             if isinstance(path, str) and len(os.fsencode(path)) > _LONGEST_PATH:
-                raise ValueError(f"the path must have {_LONGEST_PATH} bytes at the most")
+                raise ValueError(f"the path must have {_LONGEST_PATH} bytes at most")
 
 
 def nested(endpoint: Any) -> Iterator[Any]:
@@ -154,8 +154,8 @@ _WORDS: tuple[tuple[str, Callable[[re.Match[str]], str]], ...] = (
     (r"missing .* arguments: (.*)", lambda found: f"{found[1]} are missing"),
     (r"multiple values for .*argument '(.*)'", lambda found: f"its {found[1]} is there twice"),
     (r"takes .* positional arguments? but", lambda found: "there is too much in it"),
-    (r"invalid literal for int\(\) with base \d+: (.*)", lambda found: f"{found[1]} is no number"),
-    (r"[Uu]nknown endpoint type: (.*)", lambda found: f"there is no endpoint {found[1]}"),
+    (r"invalid literal for int\(\) with base \d+: (.*)", lambda found: f"{found[1]} is not a number"),
+    (r"[Uu]nknown endpoint type: (.*)", lambda found: f"there is not an endpoint {found[1]}"),
     (r"raised StopIteration", lambda found: "it ends with a backslash"),
     (r"list index out of range", lambda found: "there is no such socket"),
 )

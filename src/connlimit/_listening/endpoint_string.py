@@ -48,7 +48,7 @@ def from_arguments(
     Our settings are taken out by their names; all the rest is the inner endpoint's.
 
     :param shown: puts a status page beside an endpoint.
-    :raises ValueError: if a setting is wrong, nothing would be limited, or the rest is no endpoint.
+    :raises ValueError: if a setting is wrong, nothing would be limited, or the rest is not an endpoint.
     """
     inner = {key: str(value) for key, value in keywords.items()}
     ours = {key: inner.pop(key) for key in _OURS if key in inner}
@@ -86,7 +86,7 @@ def _inner(reactor: Any, description: str) -> Any:
         endpoint = make(reactor, description)
         check_endpoint(endpoint)
     except Exception as error:
-        sentence = f"{description!r} is no endpoint ({why(error)})"
+        sentence = f"{description!r} is not an endpoint ({why(error)})"
         if isinstance(error, TypeError):  # an argument, perhaps, that was meant for us
             sentence += f"; connlimit itself takes {', '.join(_OURS)}"
         raise ValueError(sentence) from None

@@ -143,7 +143,7 @@ class _AwaitHeader(Protocol):
             transport.loseConnection()
         if not self._has_come and transport.disconnecting:
             self._over()
-            self._log.info("{peer} is closed: what it sent is no PROXY header", peer=transport.getPeer())
+            self._log.info("{peer} is closed: what it sent is not a PROXY header", peer=transport.getPeer())
 
     def dataReceived(self, data: bytes) -> None:
         transport = self.transport

@@ -302,7 +302,9 @@ class Link:
         if self._connecting is None and self._questions is None:
             self._connecting = Deferred.fromCoroutine(self._open(Questions))
             self._connecting.addCallbacks(self._connected, self._not_connected)
-            self._connecting.addErrback(lambda failure: self._log.failure("{link}", failure, link=self))
+            self._connecting.addErrback(
+                lambda failure: self._log.failure("{link} failed", failure, link=self)
+            )
 
     async def _open(self, protocol: Callable[[], Any]) -> Any:
         factory = Factory.forProtocol(protocol)
@@ -431,7 +433,7 @@ class Link:
                 self._ear_connecting = Deferred.fromCoroutine(self._open(Ear))
                 self._ear_connecting.addCallbacks(self._can_hear, self._cannot_hear)
                 self._ear_connecting.addErrback(
-                    lambda failure: self._log.failure("{link}", failure, link=self)
+                    lambda failure: self._log.failure("{link} failed", failure, link=self)
                 )
             pause = min(_DEAF if self._is_deaf else 5.0, 0.1 * 2**self._ear_failures) * random.uniform(0.5, 1)
         elif ear is not None and ear.pinged_at is None:
@@ -469,7 +471,7 @@ class Link:
         if not self._is_deaf:
             self._is_deaf = True
             self._log.warn(
-                "Redis at {address} does not tell when slots are free, they are asked for each second: {why}",
+                "Redis at {address} sends no notifications, so free slots are asked for every second: {why}",
                 address=self.address,
                 why=describe(error),
             )

@@ -49,7 +49,7 @@ def seconds(text: str) -> float:
         return float(text)
     value = _seconds(text) if len(text) <= _MAX_CHARACTERS else None
     if value is None:
-        raise ValueError(f"{_short(text)} is no duration")
+        raise ValueError(f"{_short(text)} is not a duration")
     return value
 
 

@@ -105,7 +105,7 @@ class ProgramOptions(usage.Options):
         Demand that there is nothing but options.
         """
         if arguments:
-            raise usage.UsageError(f"{arguments[0]} is no option; options begin with --")
+            raise usage.UsageError(f"{arguments[0]} is not an option; options begin with --")
 
     def _explained(self, sentence: str) -> str:
         """

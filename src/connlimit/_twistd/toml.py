@@ -42,7 +42,7 @@ def source(path: Path) -> str:
     except OSError as error:
         raise ConfigError([f"{path}: the file cannot be read: {error.strerror}"]) from None
     except UnicodeDecodeError as error:
-        raise ConfigError([f"{path}: this is no TOML: {error}"]) from None
+        raise ConfigError([f"{path}: this is not TOML: {error}"]) from None
 
 
 def document(path: Path, text: str | None = None) -> dict[str, Any]:
@@ -57,4 +57,4 @@ def document(path: Path, text: str | None = None) -> dict[str, Any]:
     try:
         return tomllib.loads(source(path) if text is None else text)
     except (tomllib.TOMLDecodeError, RecursionError) as error:
-        raise ConfigError([f"{path}: this is no TOML: {error}"]) from None
+        raise ConfigError([f"{path}: this is not TOML: {error}"]) from None

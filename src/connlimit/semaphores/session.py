@@ -116,7 +116,7 @@ class Session:
         def over(result: Any) -> None:
             self._behind.discard(done)
             if result is not None and not result.check(CancelledError):
-                _log.failure("semaphores at {url}", result, url=self.url)
+                _log.failure("a request to the semaphores at {url} failed", result, url=self.url)
 
         return done.addBoth(over)
 

@@ -541,7 +541,7 @@ def _counts(answer: Any) -> tuple[int, int, str, int, int, bool, int]:
     """
     found = _ANSWER.fullmatch(answer) if isinstance(answer, str) else None
     if found is None:
-        raise ValueError(f"this is no Redis, it answers {answer!r:.100}")
+        raise ValueError(f"this is not a Redis, it answers {answer!r:.100}")
     held, others, guarded, pause, queued, too_many, run = found.groups()
     return int(held), int(others), run, int(guarded), int(pause), queued == "1", int(too_many)
 

@@ -163,7 +163,9 @@ class ThrottleLimit:
             self._release(slot)
 
     def _release(self, slot: _Slot) -> None:
-        slot.lock.release().addErrback(lambda failure: self._log.failure("{lock}", failure, lock=slot.lock))
+        slot.lock.release().addErrback(
+            lambda failure: self._log.failure("{lock} could not be released", failure, lock=slot.lock)
+        )
 
     def close(self) -> Deferred[None]:
         """

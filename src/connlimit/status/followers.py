@@ -66,7 +66,9 @@ class Followers:
             those = [follower for follower in followers if follower.with_peers == with_peers]
             if those:
                 event = self._make("event", with_peers).addCallback(partial(_send, those))
-                event.addErrback(lambda failure: self._log.failure("no picture was made", failure))
+                event.addErrback(
+                    lambda failure: self._log.failure("the status page could not be made", failure)
+                )
 
     def close(self) -> None:
         """

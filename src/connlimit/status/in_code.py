@@ -127,7 +127,9 @@ class _SharedPage:
             self._looking.stop()
             page, self._page = self._page, None
             _pages.pop(self._where, None)
-            page.stopListening().addErrback(lambda failure: self._log.failure("no end of the page", failure))
+            page.stopListening().addErrback(
+                lambda failure: self._log.failure("the status page could not be closed", failure)
+            )
 
 
 # The pages that listen, by where they do.

@@ -155,7 +155,7 @@ class Root(Resource):
             if failure.check(ImportError):
                 answer(b"metrics need prometheus-client: pip install connlimit[metrics]\n", 501, "text/plain")
             else:
-                self._log.failure("no picture was made", failure)
+                self._log.failure("the status page could not be made", failure)
                 answer(b"this failed; the log says why\n", 500, "text/plain")
 
         body.addCallbacks(answer, fail)

@@ -103,7 +103,7 @@ def fetch(url: str) -> dict[str, Any]:
     with urlopen(url.rstrip("/") + "/status.json", timeout=10) as response:
         state = json.load(response)
     if not isinstance(state, dict) or "limiters" not in state:
-        raise ValueError("this is something else")
+        raise ValueError("this is not a status page")
     return state
 
 

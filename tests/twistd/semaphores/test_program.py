@@ -70,7 +70,7 @@ def test_a_wrong_option_ends_it_with_one_sentence(
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
-        ("[semaphores", "this is no TOML"),
+        ("[semaphores", "this is not TOML"),
         ("semaphores = 1", "semaphores must be a table"),
         ('[semaphores]\nA = "1"', "semaphores.A must be a whole number, or have one as max, not '1'"),
         ("[semaphores]\nA = true", "semaphores.A must be a whole number"),

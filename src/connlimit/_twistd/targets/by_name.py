@@ -50,7 +50,7 @@ def import_factory(name: str, option: str = "--factory") -> IProtocolFactory:
         raise ValueError(f"{option} {name} failed: {_reason(error)}") from None
     if not IProtocolFactory.providedBy(found):
         raise ValueError(
-            f"{option} must name a factory, or what returns one when it is called; {name} gave {found!r}"
+            f"{option} must name a factory, or a function that returns one; {name} gave {found!r}"
         )
     return found
 

@@ -160,7 +160,7 @@ class _SlowPage(Resource):
         page = _Page(self._limiter, self._clock, self._status)
         request.notifyFinish().addErrback(lambda _: page.stop())
         making = ensureDeferred(self._make(request, page))
-        making.addErrback(lambda failure: self._log.failure("the page was not made", failure))
+        making.addErrback(lambda failure: self._log.failure("the page could not be made", failure))
         return NOT_DONE_YET
 
     async def _make(self, request: Request, page: _Page) -> None:

@@ -282,7 +282,7 @@ class RedisStore:
         Begin a history with what is known here.
         """
         await self._write(f"h{secrets.token_hex(20)}")
-        self._log.warn("Redis at {address} has lost what it knew; it is told again", address=self._address)
+        self._log.warn("Redis at {address} has lost the state, which is sent again", address=self._address)
 
     async def _read(self, history: str, start: int, mark: str) -> None:
         """
