@@ -29,9 +29,9 @@ class LimitingAgent:
     Sends requests by another agent as there are slots. A slot is held until the body has been delivered, or
     the request has failed.
 
-    Whoever gets an answer has to read its body, or to abort it, as always; one that is forgotten gives its
+    Who gets an answer has to read its body, or to abort it, as always; one that is forgotten gives its
     slot back when it is collected as garbage. An answer without a body gives it back at once, and so does one
-    that redirects, since nobody reads it who follows it.
+    that redirects, since nobody reads that.
 
     :ivar agent: the agent that sends the requests.
     :ivar limiter: the limiter, which others may share.
@@ -131,9 +131,6 @@ class _Response(proxyForInterface(IResponse)):  # type: ignore[misc]
         return getattr(self.original, name)
 
     def deliverBody(self, protocol: IProtocol) -> None:
-        """
-        See `IResponse.deliverBody`.
-        """
         self.original.deliverBody(_Body(protocol, self._release, self._job))
 
 

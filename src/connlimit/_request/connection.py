@@ -1,5 +1,5 @@
 """
-What the requests of one connection have in common: they end with it, whoever has taken it over by then.
+What the requests of one connection have in common: they end with it, whatever has taken it over by then.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class HTTPConnection:
         self.transport = transport = channel.transport
         lost = getattr(transport, "connectionLost", None)
         if lost is not None:
-            # On the instance, since whoever takes it over gets the real one.
+            # On the instance, since what takes it over gets the real one.
             transport.connectionLost = partial(self._transport_lost, lost)
 
     def _transport_lost(self, lost: Callable[..., None], *reason: Any) -> None:

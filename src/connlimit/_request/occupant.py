@@ -73,7 +73,7 @@ class RequestOccupant:
             self.refuse(reason)
             return
         self._process = process
-        # Whoever makes room is in another's context, of which nothing must be seen.
+        # What makes room is in another's context, of which nothing must be seen.
         self._context: Context = copy_context()
         self._connection.joins(self, admission)
         admission.wait(self)
