@@ -12,6 +12,7 @@ from pathlib import Path
 from bench.cases import (
     burst,
     interfaces,
+    jobs,
     life,
     line,
     memory,
@@ -38,6 +39,7 @@ BENCHMARKS: dict[str, Callable[[bool], Iterator[Result]]] = {
     "burst": burst.run,
     "start": start.run,
     "life": life.run,
+    "jobs": jobs.run,
     "shared": shared.run,
     "workers": workers.run,
     "semaphores": semaphores.run,

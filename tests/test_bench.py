@@ -49,6 +49,7 @@ def test_each_benchmark_has_a_name() -> None:
         "burst",
         "start",
         "life",
+        "jobs",
     )
     assert ", ".join(modules) in " ".join(python("-m", "bench", "--help").stdout.split())
 

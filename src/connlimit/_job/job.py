@@ -230,7 +230,8 @@ class Job:
             raise
 
     def _cancelled(self, turn: Deferred[Job]) -> None:
-        self._leave()
+        self._turn = None
+        self._admission.depart(self)
 
     def _leave(self) -> None:
         """
