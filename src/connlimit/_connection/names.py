@@ -1,5 +1,5 @@
 """
-What the log calls a connection: by the name of its real protocol, as without us.
+The names of connections in the log: those of their real protocols, as without us.
 """
 
 from __future__ import annotations

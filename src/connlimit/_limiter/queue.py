@@ -102,7 +102,7 @@ class Fair(Fifo):
 class Adaptive(Fifo):
     """
     First come, first served, until the queue is overloaded: then the newest first, and those who have waited
-    too long is refused.
+    too long are refused.
 
     The test is that of CoDel (RFC 8289), on the wait of the one that has waited longest: more than *target*
     seconds, without a break for *interval* seconds. The overload is over when the queue has been empty.

@@ -1,5 +1,5 @@
 """
-Where endpoints and services listen, as far as that can be told.
+Where endpoints and services listen, as far as that is known.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 """
-Endpoints behind a load balancer: a connection begins when its PROXY header has told whose it is.
+Endpoints behind a load balancer: a connection begins when its PROXY header has come.
 
 In Twisted's own ``haproxy:`` endpoint the factory is asked for a protocol before that, and is given the
 balancer's address; a limiter would take all clients for one peer.

@@ -1,5 +1,5 @@
 """
-A log that no client can fill: what happens again and again is said once, then counted, then over.
+A log that no client can fill: what happens again and again is logged once, then counted.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 """
-What all peers of one client share: the server that is asked, and what is done though nobody waits for it.
+What all peers of one client share: the server that is asked, and what is done in the background.
 """
 
 from __future__ import annotations

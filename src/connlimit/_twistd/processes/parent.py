@@ -45,7 +45,7 @@ _GRACE = 45.0
 
 class Parent(Alone):
     """
-    The part of a parent.
+    The role of a parent.
     """
 
     serves = False
@@ -256,7 +256,7 @@ class Parent(Alone):
 
 class _Ports(Service):
     """
-    Of the service of a plugin, that it listens; all else is done by the workers.
+    Lets the service of a plugin listen, and no more; the rest is done by the workers.
     """
 
     def __init__(self, service: IService) -> None:

@@ -1,5 +1,5 @@
 """
-What a process does for itself when it is the only one, and what is done otherwise by a parent or a worker.
+The role of this process: alone, parent or worker.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from connlimit.status.service import Limited
 
 class IRunning(Protocol):
     """
-    What a role needs to know of the program that it is played in.
+    What a role needs to know of its program.
     """
 
     @property
@@ -42,7 +42,7 @@ class IRunning(Protocol):
 
 class Alone:
     """
-    The part of the only process of a program. A parent and its workers differ from it in what they override.
+    The role of the only process of a program. A parent and its workers differ from it in what they override.
 
     :ivar serves: whether connections are served in this process.
     :ivar shows: whether the status page and the hints are shown by this process.

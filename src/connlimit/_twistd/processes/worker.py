@@ -37,7 +37,7 @@ _MAX_DELAY = 60.0
 
 class Worker(Alone):
     """
-    The part of a worker.
+    The role of a worker.
     """
 
     shows = False

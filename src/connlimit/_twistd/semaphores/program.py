@@ -1,5 +1,5 @@
 """
-A running server of semaphores: starts, reads its file again, shows itself, and stops.
+A running server of semaphores: starts, reloads its file, shows its state, and stops.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _FLUSH = 5.0
 #: How many holders of each semaphore are shown.
 _SHOWN = 50
 
-#: Seconds until the store is told again what could not be told to it.
+#: Seconds until something is sent to the store again that could not be sent.
 _AGAIN = 1.0
 
 
