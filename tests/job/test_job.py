@@ -512,6 +512,18 @@ class WeightTests(JobTestCase):
         self.begin(3)
         self.assertEqual(limiter.active, 3)
 
+    def test_a_dry_run_counts_its_slots(self) -> None:
+        limiter = self.limited(4, dry_run=True)
+        self.begin(weight=3)
+        self.begin(2)
+        self.assertEqual(self.begun, [0, 1, 2])
+        would = limiter.snapshot().dry_run
+        self.assertEqual((would.active, would.waiting), (2, 1))
+        self.end(0)
+        would = limiter.snapshot().dry_run
+        self.assertEqual((would.active, would.waiting), (2, 0))
+        self.assertEqual(limiter.admission.dry_run.suggested_limit(), 5)
+
 
 @pytest.mark.parametrize(
     ("wrong", "error", "words"),

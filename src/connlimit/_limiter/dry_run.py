@@ -7,6 +7,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 from weakref import ref
 
@@ -119,12 +120,16 @@ class DryRun(LimiterObserver):
 
     def served(self, limiter: ILimiter, connection: IOccupant, waited: float) -> None:
         self._forget_collected()
-        self._found_active[limiter.active - 1] += 1
+        self._found_active[limiter.active + self._limiter.admission.slots.extra - 1] += 1
         shadow = NullConnection(connection.address)
         self._shadows[ref(connection, self._collected.append)] = shadow
         admission = self._shadow.admission
-        if not admission.serve_at_once(shadow) and admission.may_wait(shadow) is None:
-            admission.wait(shadow)
+        weight = getattr(connection, "weight", 1)
+        serves = (
+            admission.serve_at_once if weight == 1 else partial(admission.serve_heavy_at_once, weight=weight)
+        )
+        if not serves(shadow) and admission.may_wait(shadow) is None:
+            admission.wait(shadow, weight=weight)
         if self._timer is None:
             self._timer = limiter.clock.callLater(_REPORT_INTERVAL, self._minute_over)
 
@@ -134,7 +139,7 @@ class DryRun(LimiterObserver):
     def _end(self, shadow: NullConnection | None) -> None:
         if shadow is not None:
             self._shadow.admission.depart(shadow)
-            self._shadow.admission.finish(shadow)
+            self._shadow.admission.finish_heavy(shadow)
 
     def _forget_collected(self) -> None:
         while self._collected:
