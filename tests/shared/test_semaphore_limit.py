@@ -299,4 +299,5 @@ def test_the_command_line_shares_a_limit_by_its_name(tmp_path: Path) -> None:
                 assert server.ask("GET", "/remainder?semaphore=A") == (200, "2")
             assert program.terminate() == 0
         assert server.ask("GET", "/remainder?semaphore=A") == (200, "3")
-    assert "--shared must name a server of semaphores" in failing("connlimit", *arguments[:-1], "http://")
+    wrong = failing("connlimit", *arguments[:-1], "http://", cwd=tmp_path)
+    assert "--shared must name a server of semaphores" in wrong

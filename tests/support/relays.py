@@ -90,13 +90,15 @@ class Relayed:
         self.limiter = limiter
         self.backend = backend
         self.where = where
+        self.clients: list[Peer] = []
 
     async def connect(self) -> Peer:
         """
         A client of the relay.
         """
         endpoint = clientFromString(reactor, self.where)
-        return await patiently(endpoint.connect(Factory.forProtocol(Peer)))
+        self.clients.append(await patiently(endpoint.connect(Factory.forProtocol(Peer))))
+        return self.clients[-1]
 
     async def pair(self) -> tuple[Peer, Peer]:
         """
@@ -120,15 +122,16 @@ async def relayed(
     host = port.getHost()
     target = f"tcp:127.0.0.1:{host.port}" if hasattr(host, "port") else f"unix:{host.name.decode()}"
     limiter = Limiter(maximum)
-    relay = RelayFactory(clientFromString(reactor, target), target, RelayOptions(**options))
-    async with listening(limiter, server=relay) as (_, where):
+    factory = RelayFactory(clientFromString(reactor, target), target, RelayOptions(**options))
+    async with listening(limiter, server=factory) as (_, where):
+        relay = Relayed(limiter, backend, where)
         try:
-            yield Relayed(limiter, backend, where)
+            yield relay
         finally:
             await port.stopListening()
-            for peer in backend.peers:
+            for peer in (*backend.peers, *relay.clients):
                 peer.transport.abortConnection()
-    await until(lambda: all(peer.is_lost for peer in backend.peers))
+    await until(lambda: all(peer.is_lost for peer in (*backend.peers, *relay.clients)))
 
 
 async def client_gone(relay: Relayed, client: Peer) -> None:
