@@ -33,13 +33,15 @@ RETIRED = {
 FILES = sorted(
     each
     for pattern in (
-        "src/**/*.py",
+        "src/connlimit/**/*.py",
         "src/**/*.lua",
         "src/**/*.xml",
         "docs/*.rst",
         "docs/examples/*",
         "*.rst",
         "*.md",
+        "setup.cfg",
+        "twisted/plugins/*.py",
     )
     for each in ROOT.glob(pattern)
 )

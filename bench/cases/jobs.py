@@ -84,7 +84,7 @@ def _drive(f: Callable[[], Any]) -> None:
 
 def _cost(f: Callable[[], object], number: int) -> float:
     """
-    Microseconds of CPU, in the mean of so many.
+    Microseconds of CPU, in the mean of a number of them.
     """
     return timeit.timeit(f, timer=time.process_time, number=number) / number * 1e6
 

@@ -3,7 +3,7 @@ A connection's life in memory, without sockets: what a factory and its protocols
 
 What of that is the limiter's own is a benchmark.
 
-As a program it lives so many lives and ends, for somebody who counts its instructions:
+As a program it lives a number of lives and ends, for somebody who counts its instructions:
 python -m bench.cases.life WAY COUNT
 """
 
@@ -57,7 +57,7 @@ def life(factory: Any) -> Callable[[], None]:
 
 def cost(live: Callable[[], None], number: int) -> float:
     """
-    Microseconds of CPU that a life takes, in the mean of so many.
+    Microseconds of CPU that a life takes, in the mean of a number of them.
     """
     return timeit.timeit(live, timer=time.process_time, number=number) / number * 1e6
 
@@ -120,7 +120,7 @@ def run(quick: bool) -> Iterator[Result]:
 
 def main(way: str, count: str) -> None:
     """
-    Live so many lives.
+    Live a number of lives.
     """
     live = life(WAYS[way](Factory.forProtocol(Protocol)))
     for _ in range(int(count)):

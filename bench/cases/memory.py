@@ -90,7 +90,7 @@ def run(quick: bool) -> Iterator[Result]:
 
 def serve(way: str, certificate: str) -> None:
     """
-    Be the server: print the port; then, for each number that is read, wait for so many more clients.
+    Be the server: print the port; then, for each number that is read, wait for this number of clients more.
     """
     from twisted.internet import reactor, stdio
     from twisted.internet.endpoints import serverFromString

@@ -40,7 +40,7 @@ WAYS: dict[str, dict[str, Any] | None] = {
     "fifo, stops accepting": {"order": "fifo"},
 }
 
-# A backlog as long as the line where that is to hold the rest; else one that never fills.
+# A backlog as long as the queue where that is to hold the rest; else one that never fills.
 _BACKLOGS = {"fifo, stops accepting": WAITING}
 
 # How many requests a client makes on its connection.

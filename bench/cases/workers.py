@@ -107,7 +107,7 @@ class Crowd:
 
     def follow(self, patience: float) -> None:
         """
-        Read the answers until there is none for so many seconds.
+        Read the answers until there is none for these seconds.
         """
         while self.left() and (ready := self._selector.select(patience)):
             for key, _ in ready:

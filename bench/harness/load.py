@@ -148,7 +148,7 @@ def connections(port: int, at_once: int, seconds: float, pids: Sequence[int] = (
     """
     Connections per second, each of which lasts for one message and its answer.
 
-    So many are open at a time; the oldest is waited for, which costs less than to be told of each.
+    A number are open at a time; the oldest is waited for, which costs less than to be told of each.
     """
     where, message = ("127.0.0.1", port), b"a message of 20 byte"
     opened: deque[socket.SocketType] = deque()
@@ -210,7 +210,7 @@ def arrivals(
     """
     Clients that arrive at random, however many are still there (an open loop), from 16 addresses.
 
-    Each sends so many requests of a byte, one after the other, and closes; or goes away when an answer has
+    Each sends a number of requests of a byte, one after the other, and closes; or goes away when an answer has
     taken longer than its *patience*. An answer is the time, in microseconds, that the server had the request.
 
     Reports of each answer when it came, how long it took from the request, and what it says; when each
@@ -285,7 +285,7 @@ def arrivals(
 
 def burst(port: int, clients: int, patience: float, pids: Sequence[int] = ()) -> dict[str, Any]:
     """
-    So many clients that connect as fast as one process can, send a byte, and wait for it to come back.
+    A number of clients that connect as fast as one process can, send a byte, and wait for it to come back.
 
     Reports how many were refused, reset or not answered at all, how many had to repeat their SYN (which takes
     the kernel a second), and when the last was connected and answered.

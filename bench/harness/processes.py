@@ -212,7 +212,7 @@ class Job:
 
     :ivar name: the job of `bench.harness.load`.
     :ivar caption: what it is.
-    :ivar unit: what is counted in a second, so many of what the load counts.
+    :ivar unit: what is counted in a second, a multiple of what the load counts.
     """
 
     name: str

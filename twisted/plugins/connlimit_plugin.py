@@ -19,9 +19,6 @@ class _EndpointParser:
     prefix = "connlimit"
 
     def parseStreamServer(self, reactor: object, *args: object, **kwargs: object) -> IStreamServerEndpoint:
-        """
-        See `connlimit._listening.endpoint_string.from_arguments`.
-        """
         from connlimit._listening.endpoint_string import from_arguments
 
         return from_arguments(reactor, args, kwargs, _shown)
