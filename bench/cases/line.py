@@ -95,7 +95,7 @@ def measure(count: int, acts: int, **settings: Any) -> dict[str, float]:
 
 def run(quick: bool) -> Iterator[Result]:
     """
-    Microseconds for each event with a short and a long queue, and their ratio; and departures on real sockets.
+    Microseconds for each event with a short and a long queue, and their ratio; departures on real sockets.
     """
     counts, acts, rounds = ((100, 500), 50, 3) if quick else ((100, 1000, 15_000), 90, 17)
     few, many = f"{counts[0]:,}", f"{counts[-1]:,}"

@@ -210,7 +210,7 @@ def arrivals(
     """
     Clients that arrive at random, however many are still there (an open loop), from 16 addresses.
 
-    Each sends a number of requests of a byte, one after the other, and closes; or goes away when an answer has
+    Each sends some requests of a byte, one after the other, and closes; or goes away when an answer has
     taken longer than its *patience*. An answer is the time, in microseconds, that the server had the request.
 
     Reports of each answer when it came, how long it took from the request, and what it says; when each
