@@ -115,8 +115,8 @@ class RedisLimit:
         :param ttl: seconds after which the slots of a process that is not heard from are everybody's again,
             the same in all processes; if not given, what ``?ttl=`` of the URL says, or 10.
         :param when_unreachable: what happens when Redis has been away for a second, and what was leased is
-            used up or the lease over, until Redis is back. ``hold``: all wait; ``refuse``: who waits or comes
-            is refused; ``local=N``: N slots can be used in this process. If not given, what
+            used up or the lease over, until Redis is back. ``hold``: all wait; ``refuse``: those who wait or
+            come are refused; ``local=N``: N slots can be used in this process. If not given, what
             ``?when_unreachable=`` of the URL says, or ``hold``.
         :raises TypeError: for a value of a wrong type.
         :raises ValueError: for a wrong value.
