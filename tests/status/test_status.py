@@ -346,6 +346,16 @@ def test_what_is_no_request_of_ours_ends_its_connection_alone(server: Server, re
     assert "Traceback" not in server.program.output
 
 
+def test_a_job_that_waits_is_shown_by_its_key() -> None:
+    limiter = Limiter(0, clock=Clock())
+    limiter.slot(key="the <reports>").acquire()
+    service = StatusService(None, Limited(limiter), True, frozenset())
+    assert "the &lt;reports&gt;" in shown_in_turns(service, "page")[0].decode()
+    facts = json.loads(shown_in_turns(service, "json")[0])["limiters"][0]
+    assert [each["peer"] for each in facts["peers"]] == ["the <reports>"]
+    assert "UNIX" not in json.dumps(facts)
+
+
 def test_names_and_addresses_are_no_markup() -> None:
     class Address:
         host = "<script>alert(1)</script>"
