@@ -11,10 +11,13 @@ from typing import Any, Protocol
 from connlimit._limiter.admission import Admission
 from connlimit._system import departures, sockets
 
+#: Where a channel has its connection.
+_ATTRIBUTE = "_connlimit_connection"
+
 
 class Occupant(Protocol):
     """
-    What is told when the connection is over.
+    What waits on a connection.
     """
 
     def end(self) -> None: ...
@@ -28,7 +31,6 @@ class HTTPConnection:
     even if so much was pipelined behind the request that the channel does not read.
 
     :ivar transport: its transport, of which the end is learnt: a websocket, for one, takes it over.
-    :ivar occupants: its requests that are active or wait.
     :ivar has_streams: whether several requests can be in progress at once, as in HTTP/2.
     """
 
@@ -40,7 +42,6 @@ class HTTPConnection:
         "_time_out",
         "_waiting",
         "has_streams",
-        "occupants",
         "transport",
     )
 
@@ -52,7 +53,6 @@ class HTTPConnection:
         self._departures: Any = None
         self._descriptor = -1
         self.has_streams = has_streams
-        self.occupants: set[Occupant] = set()
         self.transport = transport = channel.transport
         lost = getattr(transport, "connectionLost", None)
         if lost is not None:
@@ -71,8 +71,11 @@ class HTTPConnection:
             lost(*reason)
         finally:
             vars(self.transport).pop("connectionLost", None)
-            for occupant in list(self.occupants):
-                occupant.end()
+            # Those of a channel that was told of it have ended. One that a websocket has replaced was not.
+            for request in list(getattr(self._channel, "requests", ())):
+                end = getattr(request, "_connlimit_end", None)
+                if end is not None:
+                    end()
 
     def request_lost(self) -> None:
         """
@@ -154,11 +157,13 @@ def connection_of(channel: Any) -> HTTPConnection:
     """
     The connection of a request's channel: of HTTP/2 that is a stream.
     """
+    known: HTTPConnection | None = channel.__dict__.get(_ATTRIBUTE)
+    if known is not None:  # as it is for all requests of HTTP/1 but the first
+        return known
     connection = getattr(channel, "_conn", None)
     has_streams = connection is not None
     attributes = vars(connection if has_streams else channel)
-    known: HTTPConnection | None = attributes.get("_connlimit_connection")
+    known = attributes.get(_ATTRIBUTE)
     if known is None:
-        known = HTTPConnection(connection if has_streams else channel, has_streams)
-        attributes["_connlimit_connection"] = known
+        known = attributes[_ATTRIBUTE] = HTTPConnection(connection if has_streams else channel, has_streams)
     return known

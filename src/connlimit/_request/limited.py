@@ -24,7 +24,9 @@ class _Limited:
     _connlimit_occupants: tuple[RequestOccupant, ...] = ()
 
     def _cleanup(self) -> None:
-        self._connlimit_end()
+        for occupant in self._connlimit_occupants:
+            occupant.end()
+        self._connlimit_occupants = ()
         super()._cleanup()  # type: ignore[misc]
 
     def connectionLost(self, reason: Any) -> None:
@@ -67,7 +69,7 @@ def _limited_class(base: Any, factory: IFactory) -> type:
 
     def process(self: Any) -> None:
         occupant = RequestOccupant(self, factory)
-        self._connlimit_occupants += (occupant,)
+        self._connlimit_occupants = (*self._connlimit_occupants, occupant)
         if factory.admission.serve_at_once(occupant):
             base.process(self)
         else:

@@ -57,7 +57,6 @@ class RequestOccupant:
         self.factory = factory
         self.slot: Any = None
         self._connection = connection = connection_of(request.channel)
-        connection.occupants.add(self)
         if connection.has_streams:
             connection.when_stream_ends(request.channel, self.end)
 
@@ -88,12 +87,12 @@ class RequestOccupant:
         """
         The response is finished, or nobody is there for it any more. Can be called again.
         """
-        self._connection.occupants.discard(self)
         self._request = None  # so that neither waits for the garbage collector
-        if self._stop_waiting() is not None:
-            self.factory.admission.depart(self)
-        else:
+        if self._process is None:
             self.factory.admission.finish(self)
+        else:
+            self._stop_waiting()
+            self.factory.admission.depart(self)
 
     def _stop_waiting(self) -> Callable[[Any], None] | None:
         process, self._process = self._process, None
