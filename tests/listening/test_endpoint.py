@@ -13,6 +13,8 @@ from support.sockets import connected, patiently, tcp, until
 from twisted.internet import reactor
 from twisted.internet.endpoints import serverFromString
 from twisted.internet.interfaces import IStreamServerEndpoint
+from twisted.web.resource import Resource
+from twisted.web.server import Site
 from zope.interface import providedBy
 from zope.interface.verify import verifyObject
 
@@ -67,3 +69,23 @@ async def test_what_listens_by_a_limited_reactor_is_limited(tmp_path: Path) -> N
         await port.stopListening()
     with pytest.raises(ValueError, match="when_full must be refuse or stop-accepting, not 'never'"):
         limit_reactor(reactor, limiter, "never")
+
+
+@ensureDeferred
+async def test_an_endpoint_limits_requests_if_told_so_and_then_only_those_of_http() -> None:
+    limiter = Limiter(0, max_waiting=0)
+    endpoint = LimitingEndpoint(tcp(), limiter, per="request")
+    with pytest.raises(TypeError, match="if the factory is one of HTTP"):
+        endpoint.listen(RecordingFactory())
+    port = await endpoint.listen(Site(Resource()))
+    client = await connected(f"tcp:127.0.0.1:{port.getHost().port}")
+    client.transport.write(b"GET / HTTP/1.1\r\nHost: h\r\n\r\n")
+    await until(lambda: client.received.startswith(b"HTTP/1.1 503 "))
+    assert limiter.snapshot().refused["full"] == 1
+    await client.close()
+    await port.stopListening()
+
+
+def test_what_takes_a_slot_is_a_connection_or_a_request() -> None:
+    with pytest.raises(ValueError, match="per must be connection or request, not 'requests'"):
+        LimitingEndpoint(tcp(), Limiter(), per="requests")

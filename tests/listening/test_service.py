@@ -11,6 +11,7 @@ import pytest
 from pytest_twisted import ensureDeferred
 from support.fakes import RecordingFactory
 from support.sockets import connected, listening, patiently, tcp, until
+from support.web import Holding
 from twisted.application.internet import (
     SSLServer,
     StreamServerEndpointService,
@@ -23,8 +24,16 @@ from twisted.internet import reactor
 from twisted.internet.endpoints import serverFromString
 from twisted.internet.error import CannotListenError
 from twisted.internet.protocol import Factory, Protocol
+from twisted.web.server import Site
 
-from connlimit import LimitedService, Limiter, LimitingEndpoint, LimitingFactory, limit_service
+from connlimit import (
+    LimitedService,
+    Limiter,
+    LimitingEndpoint,
+    LimitingFactory,
+    RequestLimitingFactory,
+    limit_service,
+)
 
 
 class KnownPort:
@@ -303,3 +312,38 @@ async def test_an_application_is_limited_until_it_is_started() -> None:
     await second.receives(b"hello")
     await service.stopService()
     await patiently(limiter.drain(0))
+
+
+@ensureDeferred
+async def test_a_service_limits_requests_if_told_so_and_drains_them() -> None:
+    with pytest.raises(TypeError, match="if the factory is one of HTTP"):
+        LimitedService(KnownPort(), RecordingFactory(), Limiter(), per="request")
+    with pytest.raises(ValueError, match="per must be connection or request, not 'requests'"):
+        LimitedService(KnownPort(), Site(None), Limiter(), per="requests")
+    page, limiter, endpoint = Holding(), Limiter(1), KnownPort()
+    service = LimitedService(endpoint, Site(page), limiter, drain_timeout=20, per="request")
+    service.privilegedStartService()
+    service.startService()
+    clients = [await connected(endpoint.where) for _ in range(3)]
+    for client in clients[:2]:
+        client.transport.write(b"GET / HTTP/1.1\r\nHost: h\r\n\r\n")
+    await until(lambda: (limiter.active, limiter.waiting) == (1, 1))
+    stopped = service.stopService()
+    await until(lambda: sum(client.received.startswith(b"HTTP/1.1 503 ") for client in clients) == 1)
+    assert not stopped.called
+    page.answer()
+    await patiently(stopped)
+    await until(lambda: sum(client.received.startswith(b"HTTP/1.1 200 ") for client in clients) == 1)
+    for client in clients:
+        await client.close()
+
+
+def test_the_requests_of_a_tree_of_services_are_limited_if_all_of_them_make_any() -> None:
+    tree, other = MultiService(), MultiService()
+    web = StreamServerEndpointService(tcp(), Site(None))
+    web.setServiceParent(tree)
+    TCPServer(0, RecordingFactory()).setServiceParent(other)
+    with pytest.raises(ValueError, match="per must be connection, not request: "):
+        limit_service(other, Limiter(), per="request")
+    assert limit_service(tree, Limiter(), per="request") == [web]
+    assert isinstance(web.factory, RequestLimitingFactory)

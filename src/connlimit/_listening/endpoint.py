@@ -8,15 +8,43 @@ from __future__ import annotations
 
 from typing import Any
 
+import attrs
 from twisted.internet.defer import Deferred
 from twisted.internet.interfaces import IListeningPort, IProtocolFactory
 from zope.interface import directlyProvides, providedBy
 
 from connlimit._connection.factory import LimitingFactory
 from connlimit._limiter.limiter import Limiter
+from connlimit._limiter.values import one_of
 from connlimit._listening.ports import WatchedEndpoint, check_when_full, watched
+from connlimit._request.factory import RequestLimitingFactory
+
+#: What takes a slot.
+PER = one_of("connection", "request")
 
 
+def check_per(value: object, name: str = "per") -> None:
+    """
+    :param name: what the value is called where it was given.
+    :raises ValueError: if the value is not one of `PER`; TypeError if it is no text.
+    """
+    PER.of_code(name, value)
+
+
+def limited(
+    factory: IProtocolFactory, limiter: Limiter, per: str
+) -> LimitingFactory | RequestLimitingFactory:
+    """
+    The factory behind a limiter.
+
+    :param per: one of `PER`.
+    :raises TypeError: if its requests are to be limited, and it makes none.
+    """
+    make = RequestLimitingFactory if per == "request" else LimitingFactory
+    return make(factory, limiter)
+
+
+@attrs.frozen
 class LimitingEndpoint(WatchedEndpoint):
     """
     An endpoint that puts a limiter before whatever listens on it.
@@ -25,19 +53,24 @@ class LimitingEndpoint(WatchedEndpoint):
     :ivar limiter: the limiter; every factory that listens here shares it.
     :ivar when_full: ``refuse``, or ``stop-accepting``: while nobody can be served or wait, the port accepts
         nobody, and the kernel's backlog holds those who come.
+    :ivar per: what takes a slot, ``connection`` or ``request``; see `RequestLimitingFactory`.
     """
+
+    per: str = attrs.field(
+        default="connection", validator=lambda instance, attribute, value: check_per(value)
+    )
 
     def listen(self, protocolFactory: IProtocolFactory) -> Deferred[IListeningPort]:
         """
         Listen on the endpoint, the limiter before the factory.
         """
-        return super().listen(self.limit(protocolFactory))
+        return WatchedEndpoint.listen(self, self.limit(protocolFactory))
 
     def limit(self, factory: IProtocolFactory) -> IProtocolFactory:
         """
         Put the limiter before a factory.
         """
-        return LimitingFactory(factory, self.limiter)
+        return limited(factory, self.limiter, self.per)
 
 
 class SocketLimitingEndpoint(LimitingEndpoint):

@@ -15,7 +15,7 @@ from connlimit._limiter.limiter import Limiter
 from connlimit._limiter.settings import FIELDS, Settings, check_limits, parse
 from connlimit._limiter.values import did_you_mean, one_of, shown
 from connlimit._listening.checked_endpoints import check_endpoint, status_endpoint, why
-from connlimit._listening.endpoint import LimitingEndpoint, LimitingReactor, SocketLimitingEndpoint
+from connlimit._listening.endpoint import PER, LimitingEndpoint, LimitingReactor, SocketLimitingEndpoint
 from connlimit._listening.ports import check_when_full
 from connlimit._listening.proxy_header import server_from_string
 from connlimit.shared.by_url import shared_limits
@@ -27,7 +27,7 @@ _SETTINGS = tuple(name for name in FIELDS if name != "name")
 Shown = Callable[[Any, str, Any], Any]
 
 # All that is ours in a string.
-_OURS = (*_SETTINGS, "limiter", "place", "when_full", "shared", "status")
+_OURS = (*_SETTINGS, "limiter", "per", "place", "when_full", "shared", "status")
 
 # An argument that is as near as this to one of ours is a slip, whatever the inner endpoint would make of it.
 _SLIP = 0.85
@@ -57,7 +57,11 @@ def from_arguments(
             if difflib.get_close_matches(key, _OURS, 1, _SLIP):
                 raise ValueError(f"it takes no {key}; {did_you_mean(key, _OURS)}")
         place, when_full = ours.pop("place", "protocol"), ours.pop("when_full", "refuse")
+        per = ours.pop("per", "connection")
         _PLACE.of_text("place", place)
+        PER.of_text("per", per)
+        if per == "request" and place == "socket":
+            raise ValueError("per must be connection, not request, for place=socket, which knows no requests")
         check_when_full(when_full)
         status = ours.pop("status", None)
         if status is not None:
@@ -72,7 +76,7 @@ def from_arguments(
         if status is not None:
             endpoint = shown(endpoint, status, reactor)
         make = SocketLimitingEndpoint if place == "socket" else LimitingEndpoint
-        return make(endpoint, limiter, when_full)
+        return make(endpoint, limiter, when_full, per)
     except ValueError as error:
         raise ValueError(f"connlimit endpoint: {error}") from None
 

@@ -16,9 +16,10 @@ from connlimit._connection.factory import LimitingFactory
 from connlimit._limiter.limiter import Limiter
 from connlimit._limiter.values import duration
 from connlimit._listening.checked_endpoints import server_endpoint
-from connlimit._listening.endpoint import LimitingEndpoint
+from connlimit._listening.endpoint import LimitingEndpoint, check_per, limited
 from connlimit._listening.places import place_of, place_of_service
 from connlimit._listening.ports import WatchedEndpoint, check_when_full
+from connlimit._request.factory import RequestLimitingFactory, check_requests
 
 #: How long active connections may take to end.
 DRAIN_TIMEOUT = duration().or_none("")
@@ -34,7 +35,7 @@ class LimitedService(StreamServerEndpointService):
     is over; the limiter's connections to other services are left alone.
     """
 
-    factory: LimitingFactory
+    factory: LimitingFactory | RequestLimitingFactory
 
     def __init__(
         self,
@@ -43,6 +44,7 @@ class LimitedService(StreamServerEndpointService):
         limiter: Limiter,
         drain_timeout: float | None = None,
         when_full: str = "refuse",
+        per: str = "connection",
     ) -> None:
         """
         :param endpoint: where to listen.
@@ -51,11 +53,14 @@ class LimitedService(StreamServerEndpointService):
         :param drain_timeout: seconds that active connections may take when the service is stopped;
             None does not wait for them, and leaves them open, as Twisted does.
         :param when_full: see `LimitingEndpoint`.
-        :raises TypeError: for a *drain_timeout* or *when_full* of a wrong type.
+        :param per: see `LimitingEndpoint`.
+        :raises TypeError: for a *drain_timeout*, *when_full* or *per* of a wrong type, or for a factory that
+            makes no requests if these are to be limited.
         :raises ValueError: for a wrong one.
         """
         DRAIN_TIMEOUT.of_code("drain_timeout", drain_timeout)
-        super().__init__(WatchedEndpoint(endpoint, limiter, when_full), LimitingFactory(factory, limiter))
+        check_per(per)
+        super().__init__(WatchedEndpoint(endpoint, limiter, when_full), limited(factory, limiter, per))
         self.drain_timeout = drain_timeout
 
     def privilegedStartService(self) -> None:
@@ -84,7 +89,11 @@ class LimitedService(StreamServerEndpointService):
 
 
 def limit_service(
-    service: Any, limiter: Limiter, when_full: str = "refuse", skip: Iterable[str] = ()
+    service: Any,
+    limiter: Limiter,
+    when_full: str = "refuse",
+    skip: Iterable[str] = (),
+    per: str = "connection",
 ) -> list[IService]:
     """
     Put a limiter before every factory that listens in a tree of services, by whatever it was made.
@@ -93,19 +102,20 @@ def limit_service(
     :param limiter: the limiter; all of them share it.
     :param when_full: see `LimitingEndpoint`.
     :param skip: where not to: endpoint strings such as ``tcp:8081``, which stands for any interface.
+    :param per: see `LimitingEndpoint`.
     :return: the services that are limited now.
     :raises ValueError: if nothing is left to limit, it listens already, nothing listens at one of *skip*,
-        it is behind this limiter already, or *when_full* asks too much of what listens without an endpoint;
-        nothing has changed then.
+        it is behind this limiter already, *when_full* asks too much of what listens without an endpoint, or
+        requests are to be limited and one makes none; nothing has changed then.
     """
-    found = to_limit(service, when_full, skip)
+    found = to_limit(service, when_full, skip, per=per)
     for each in found:
         if limiter in (getattr(_factory(each), "limiter", None), _limiter_of(each)):
             raise ValueError(
                 f"{each} listens behind this limiter already, so a connection would need two of its slots"
             )
     for each in found:
-        _limit(each, limiter, when_full)
+        _limit(each, limiter, when_full, per)
     return found
 
 
@@ -115,15 +125,17 @@ def to_limit(
     skip: Iterable[str],
     called: str = "this",
     spell: Callable[[str], str] = str,
+    per: str = "connection",
 ) -> list[Any]:
     """
     The services that `limit_service` limits.
 
     :param called: what the whole is called.
-    :param spell: how the user spells *when_full* and *skip*.
+    :param spell: how the user spells *when_full*, *skip* and *per*.
     :raises ValueError: as `limit_service` does.
     """
     check_when_full(when_full, spell("when_full"))
+    check_per(per, spell("per"))
     found = list(listening_services(IService(service)))
     if not found:
         raise ValueError(f"{called} has no service that listens, so there is nothing to limit")
@@ -139,7 +151,22 @@ def to_limit(
                 f"{spell('when_full')} must be refuse, not {when_full}, for {called}, "
                 "which listens without endpoints"
             )
+        if per == "request":
+            check_factory(_factory(each), spell("per"))
     return found
+
+
+def check_factory(factory: Any, name: str) -> None:
+    """
+    Check that requests of a factory can be limited.
+
+    :param name: what asks for that.
+    :raises ValueError: if it makes none.
+    """
+    try:
+        check_requests(factory)
+    except TypeError as error:
+        raise ValueError(f"{name} must be connection, not request: {error}") from None
 
 
 def listening_services(service: IService) -> Iterator[Any]:
@@ -187,15 +214,15 @@ def _limiter_of(service: Any) -> Limiter | None:
     return endpoint.limiter if isinstance(endpoint, LimitingEndpoint) else None
 
 
-def _limit(service: Any, limiter: Limiter, when_full: str) -> None:
-    limited = LimitingFactory(_factory(service), limiter)
+def _limit(service: Any, limiter: Limiter, when_full: str, per: str) -> None:
+    factory = limited(_factory(service), limiter, per)
     if isinstance(service, StreamServerEndpointService):
         # If it cannot listen it does not start, as one of strports.service.
         service._raiseSynchronously = True
-        service.factory = limited
+        service.factory = factory
         service.endpoint = WatchedEndpoint(service.endpoint, limiter, when_full)
     elif "factory" in service.kwargs:
-        service.kwargs["factory"] = limited
+        service.kwargs["factory"] = factory
     else:
         where, _, *rest = service.args
-        service.args = (where, limited, *rest)
+        service.args = (where, factory, *rest)

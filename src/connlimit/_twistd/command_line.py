@@ -22,6 +22,7 @@ from connlimit._limiter.settings import (
     parse,
     values,
 )
+from connlimit._listening.endpoint import PER
 from connlimit._listening.ports import WHEN_FULL
 from connlimit._twistd.config import (
     DRAIN_TIMEOUT,
@@ -109,6 +110,12 @@ class Options(ProgramOptions):
             for name, field in FIELDS.items()
         ),
         parameter(
+            "per",
+            "what takes a slot: each connection, or each request of a web server",
+            "connection or request",
+            "connection",
+        ),
+        parameter(
             "when-full",
             "what a port does when nobody more can be served or wait",
             "refuse or stop-accepting",
@@ -168,7 +175,7 @@ class Options(ProgramOptions):
 
     groups = {
         "What is limited": ["listen", "forward", "factory", "tac", "skip", "config", "check-config"],
-        LIMITS_GROUP: [*_settings(LIMITS_GROUP), "shared", "shared-file"],
+        LIMITS_GROUP: [*_settings(LIMITS_GROUP), "per", "shared", "shared-file"],
         QUEUE: _settings(QUEUE),
         REFUSING: [*_settings(REFUSING), "when-full"],
         "Stopping": ["drain-timeout"],
@@ -244,6 +251,7 @@ class Options(ProgramOptions):
         """
         drain_timeout = self.value("drain-timeout", DRAIN_TIMEOUT)
         when_full = WHEN_FULL.of_text("--when-full", self["when-full"])
+        per = PER.of_text("--per", self["per"])
         settings = Settings().evolve(parse(self._given(), _spell), _spell)
         if self["shared-file"] is not None:
             if self["shared"] is not None:
@@ -274,6 +282,7 @@ class Options(ProgramOptions):
             relay=RelayOptions() if self["forward"] is None else self._relay_options(),
             tac=self["tac"],
             skip=tuple(self.get("skip", ())),
+            per=per,
         )
         status = None
         if self["status"] is not None:

@@ -77,6 +77,7 @@ class ServiceConfig:
     :ivar tac: the path of a ``.tac`` file, whose application is run.
     :ivar skip: what of a plugin or an application is left without limits, by the endpoints it listens at.
     :ivar when_full: what its ports do when its limiter is full, ``refuse`` or ``stop-accepting``.
+    :ivar per: what takes a slot, ``connection`` or ``request``.
     """
 
     name: str
@@ -89,6 +90,7 @@ class ServiceConfig:
     relay: RelayOptions = RelayOptions()
     tac: str | None = None
     skip: tuple[str, ...] = ()
+    per: str = "connection"
 
 
 @attrs.frozen
@@ -151,7 +153,8 @@ class Config:
                 else "shows how it works"
             )
             where = f"listens at {', '.join(service.listen)}, " if service.listen else ""
-            lines.append(f"service {service.name}: {where}{does}, behind limiter {service.limiter}")
+            per = ", per request" if service.per == "request" else ""
+            lines.append(f"service {service.name}: {where}{does}, behind limiter {service.limiter}{per}")
         if self.processes > 1:
             lines.append(f"processes: {self.processes}")
         if self.status:

@@ -13,6 +13,7 @@ import attrs
 
 from connlimit._limiter.settings import FIELDS, Settings, check_limits, load
 from connlimit._limiter.values import FLAG, Kind, one_of, shown, text, texts
+from connlimit._listening.endpoint import PER
 from connlimit._listening.ports import WHEN_FULL
 from connlimit._twistd.config import (
     DRAIN_TIMEOUT,
@@ -135,6 +136,7 @@ class _Reader:
         relay = self._relay(where, table, forward)
         factory = self._value(where, table, "factory", _FACTORY, None)
         when_full = self._value(where, table, "when_full", WHEN_FULL, "refuse")
+        per = self._value(where, table, "per", PER, "connection")
         only = next(iter(limiters)) if len(limiters) == 1 else None
         names = ", ".join(limiters) or "none yet"
         one = attrs.evolve(one_of(*limiters), in_text=f"the name of a limiter ({names})")
@@ -156,7 +158,9 @@ class _Reader:
             self._errors.append(f"{self._file}: [{where}] skip must be left out without plugin or tac")
         if len(self._errors) > before:
             return None
-        return ServiceConfig(name, limiter, listen, forward, factory, plugin, when_full, relay, tac, skip)
+        return ServiceConfig(
+            name, limiter, listen, forward, factory, plugin, when_full, relay, tac, skip, per
+        )
 
     def _relay(self, where: str, table: Mapping[str, Any], forward: str | None) -> RelayOptions:
         given = {name: table[name] for name in RELAY_FIELDS if name in table}

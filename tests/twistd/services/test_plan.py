@@ -47,6 +47,7 @@ def configs(draw: st.DrawFn) -> Config:
         st.sampled_from([RelayOptions(), RelayOptions(connect_timeout=9)]),
         st.sampled_from([None, "a.tac"]),
         st.sampled_from([(), ("tcp:9",)]),
+        st.sampled_from(["connection", "request"]),
     )
     services = draw(st.dictionaries(st.sampled_from("xyz"), service))
     return Config(

@@ -15,7 +15,7 @@ from twisted.python import usage
 
 from connlimit._limiter.limiter import Limiter
 from connlimit._listening.checked_endpoints import client_endpoint, server_endpoint, status_endpoint
-from connlimit._listening.service import limit_service, to_limit
+from connlimit._listening.service import check_factory, limit_service, to_limit
 from connlimit._twistd.config import Config, ServiceConfig, Spelling
 from connlimit._twistd.targets import demonstration
 from connlimit._twistd.targets.by_name import import_factory, load_application, made_plugin, plugin_options
@@ -116,13 +116,22 @@ class _Finder:
         make: Callable[[Limiter], IProtocolFactory]
         if service.forward is not None:
             backend = self._found(client_endpoint, self._reactor, service.forward, spell("forward"))
-            make = partial(_always, RelayFactory(backend, service.forward, service.relay))
+            relay = RelayFactory(backend, service.forward, service.relay)
+            self._found(self._limitable, relay)
+            make = partial(_always, relay)
         elif service.factory is not None:
-            make = partial(_always, self._found(import_factory, service.factory, spell("factory")))
+            factory = self._found(import_factory, service.factory, spell("factory"))
+            if factory is not None:
+                self._found(self._limitable, factory)
+            make = partial(_always, factory)
         else:
             make = partial(_demonstration, self._reactor, self._status)
             hints = demonstration.hints(list(service.listen), self._status)
         return Parts(service, endpoints, make, None, hints)
+
+    def _limitable(self, factory: IProtocolFactory) -> None:
+        if self._service.per == "request":
+            check_factory(factory, self._spelling.name("per"))
 
     def _plugin(self, is_running: bool) -> Callable[[Limiter], IService]:
         options = made = None
@@ -149,9 +158,11 @@ class _Finder:
         service, spell = self._service, self._spelling.name
         if service.tac is None:
             assert options is not None
-            return made_plugin(service.plugin[0], options, service.when_full, service.skip, spell)
+            return made_plugin(
+                service.plugin[0], options, service.when_full, service.skip, spell, service.per
+            )
         application = load_application(service.tac, spell("tac"))
-        to_limit(application, service.when_full, service.skip, service.tac, spell)
+        to_limit(application, service.when_full, service.skip, service.tac, spell, service.per)
         self._take_user(application)
         return IService(application)
 
@@ -174,7 +185,7 @@ class _Finder:
         service = self._service
         if made is None:
             made = self._made(options)
-        limit_service(made, limiter, service.when_full, service.skip)
+        limit_service(made, limiter, service.when_full, service.skip, service.per)
         return made
 
 

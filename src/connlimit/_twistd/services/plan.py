@@ -16,7 +16,7 @@ from connlimit._twistd.config import Config, LimiterConfig, ServiceConfig
 _AT_NEXT_START = ("log_connections", "processes", "worker_timeout")
 
 #: What makes it another service at the same ports: its connections and its ports are not left alone.
-_NEEDS_RESTART = ("limiter", "when_full", "plugin", "tac", "skip")
+_NEEDS_RESTART = ("limiter", "when_full", "per", "plugin", "tac", "skip")
 
 C = TypeVar("C", LimiterConfig, ServiceConfig)
 

@@ -16,9 +16,9 @@ from twisted.logger import Logger
 from twisted.python.failure import Failure
 
 from connlimit._connection import in_use
-from connlimit._connection.factory import LimitingFactory
 from connlimit._limiter.limiter import Limiter
 from connlimit._listening.checked_endpoints import status_endpoint
+from connlimit._listening.endpoint import limited
 from connlimit._listening.ports import WatchedEndpoint
 from connlimit._twistd.config import StatusConfig
 from connlimit._twistd.processes.role import Alone, IRunning
@@ -103,7 +103,7 @@ class ServiceUnit:
         self.endpoints = parts.endpoints
         self.factory: Any = None
         if parts.make_factory is not None:
-            self.factory = LimitingFactory(parts.make_factory(limiter), limiter)
+            self.factory = limited(parts.make_factory(limiter), limiter, parts.config.per)
         self._role = role
         self._opened: dict[str, _Opened] = {}
 

@@ -151,12 +151,14 @@ def made_plugin(
     when_full: str,
     skip: Iterable[str] = (),
     spell: Callable[[str], str] = str,
+    per: str = "connection",
 ) -> IService:
     """
     The service of a plugin, which `limit_service` can limit.
 
     :param skip: see `limit_service`.
-    :param spell: how the user spells *when_full* and *skip*.
+    :param spell: how the user spells *when_full*, *skip* and *per*.
+    :param per: see `limit_service`.
     :raises ValueError: if it cannot be made, or cannot be limited.
     """
     try:
@@ -164,7 +166,7 @@ def made_plugin(
             service: IService = _plugin(name).makeService(options)
     except (Exception, SystemExit) as error:
         raise ValueError(f"{name} cannot be made with these options: {_reason(error)}") from None
-    to_limit(service, when_full, skip, name, spell)
+    to_limit(service, when_full, skip, name, spell, per)
     return service
 
 
