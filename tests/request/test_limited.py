@@ -45,7 +45,9 @@ class ClassTests(RequestTestCase):
         def make(*args: Any, **kwargs: Any) -> Own:
             return Own(*args, **kwargs)
 
+        make.made_by = "us"
         self.assertIsInstance(self.request_of(make), Own)
+        self.assertEqual(self.factory.buildProtocol(None).requestFactory.made_by, "us")
 
     def test_what_makes_it_is_called_as_ever(self) -> None:
         class NonQueued(server.Request):

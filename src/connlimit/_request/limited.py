@@ -51,7 +51,7 @@ def limited(request_factory: Any, factory: IFactory) -> Any:
         return _limited_class(request_factory, factory)
     classes: dict[type, type] = {}
 
-    @wraps(request_factory, updated=())
+    @wraps(request_factory)
     def make(*args: Any, **kwargs: Any) -> Any:
         request = request_factory(*args, **kwargs)
         cls = type(request)
