@@ -7,6 +7,7 @@ from __future__ import annotations
 import re
 
 import pytest
+from twisted.python import usage
 
 from connlimit._limiter.settings import FIELDS, values
 from connlimit._twistd.command_line import Options
@@ -38,6 +39,22 @@ def test_a_help_text_fits_80_columns_and_ends_with_examples(program: type[Progra
     assert max(map(len, text.splitlines())) <= 80
     assert list(sections(text))[-1] == "Examples"
     assert f"twistd -n {program.program} " in sections(text)["Examples"]
+
+
+@PROGRAMS
+@pytest.mark.parametrize("width", [1, 28, 200])
+def test_a_help_text_can_have_any_width(program: type[ProgramOptions], width: int) -> None:
+    text = program().getUsage(width)
+    assert "--listen=" in text
+    assert "Examples:" in text
+
+
+@pytest.mark.parametrize("description", ["", None])
+def test_a_plugin_that_does_not_describe_itself_is_listed(description: str | None) -> None:
+    class Described(Options):
+        subCommands = (("silent", None, usage.Options, description),)
+
+    assert "  silent" in sections(Described().getUsage(80))["Plugins"]
 
 
 def test_the_groups_go_from_what_is_limited_to_what_can_be_seen() -> None:

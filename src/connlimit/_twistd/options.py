@@ -80,11 +80,11 @@ class ProgramOptions(usage.Options):
         """
         width = width or int(os.environ.get("COLUMNS", "80"))
         options = {each.rstrip("="): f"--{each}" for each in self.longOpt}
-        parts = ["", *textwrap.wrap(self.longdesc, width)]
+        parts = ["", *textwrap.wrap(self.longdesc, max(20, width))]
         for title, names in self.groups.items():
             rows = ((options[name], self.docs[name] or "") for name in names)
             parts += ["", f"{title}:", *_rows(rows, width)]
-        commands = [(name, description) for name, *_, description in getattr(self, "subCommands", ())]
+        commands = [(name, description or "") for name, *_, description in getattr(self, "subCommands", ())]
         if commands:
             parts += ["", "Plugins:", *_rows(commands, width)]
         parts += ["", "Examples:", *(f"  {each}" for each in self.examples)]
@@ -144,7 +144,8 @@ def _rows(rows: Iterable[tuple[str, str]], width: int) -> Iterator[str]:
     column = 28
     for name, text in rows:
         words = " ".join(text.split())
-        first, *others = textwrap.wrap(words, width - column, break_on_hyphens=False)
+        # A narrow terminal breaks the lines itself.
+        first, *others = textwrap.wrap(words, max(20, width - column), break_on_hyphens=False) or [""]
         head = f"  {name}"
         if len(head) < column:
             yield f"{head:{column}}{first}"
