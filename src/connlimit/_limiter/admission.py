@@ -18,7 +18,7 @@ returns at once and the running loop looks again. So nothing recurses.
 
 One whose own key is full steps aside and is called back when its key has room; a call that it cannot use goes
 to the next. So each event moves few occupants, however many stand aside. One that takes several slots holds
-up those behind it until so many are free, or it would never be served.
+up those behind it until these are free, or it would never be served.
 
 Ends may be reported twice, in any order, or by the garbage collector: in any other state they do nothing. The
 queue holds its occupants strongly, because a paused transport is in no reactor; active ones are held weakly,
