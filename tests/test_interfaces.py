@@ -110,6 +110,5 @@ def test_another_figure_is_reported_by_workers_and_added_up(
 
 
 def test_another_figure_is_in_the_reference(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("sphinx")
     monkeypatch.syspath_prepend(Path(__file__).parents[1] / "docs" / "_extensions")
     assert "* - ``tidied_up``" in import_module("generated").figures()
