@@ -96,6 +96,23 @@ def test_a_server_that_goes_away_is_waited_for_and_that_is_said_once() -> None:
         process.communicate()
 
 
+def test_it_ends_at_whatever_instant_it_is_told_to() -> None:
+    code = """
+import signal, sys
+from connlimit.status import top
+class Garbage:
+    def __del__(self):
+        signal.raise_signal(signal.SIGINT)
+def fetch(url):
+    Garbage()
+    raise OSError("away")
+top.fetch = fetch
+sys.exit(top.main(["http://127.0.0.1/", "--interval=30"]))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=PATIENCE)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
 def test_what_is_no_status_page_is_not_waited_for() -> None:
     class Other(Page):
         def do_GET(self) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -46,14 +47,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="show it as often, such as 500ms or 5s [default: 1s]",
     )
     options = parser.parse_args(arguments)
+    # An exception would be lost, were something being collected as garbage at that instant.
+    previous = signal.signal(signal.SIGINT, lambda number, frame: os._exit(0))
     try:
         return _show(options)
-    except KeyboardInterrupt:
-        return 0
     except BrokenPipeError:
         # Nobody reads any more; what is left must not be written when Python ends.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    finally:
+        signal.signal(signal.SIGINT, previous)
 
 
 def _show(options: argparse.Namespace) -> int:
